@@ -1,0 +1,52 @@
+# How a run.sh runs its stages. Source it after parse_options.sh and log.sh: . ../shared/stages.sh
+#
+#   run_stage 3 tokens spear tokens "${options[@]}"
+#
+# runs the command if 3 lies between $stage and $stop_stage, after a log line. A signal that reaches run.sh is passed on to the
+# command, which saves its state; run.sh ends when the command has ended, with its exit code.
+
+_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+
+# PYTHON and SPEAR choose another interpreter or command.
+if [ -z "${PYTHON:-}" ]; then
+  if [ -x "$_root/.venv/bin/python" ]; then PYTHON=$_root/.venv/bin/python; else PYTHON=python3; fi
+fi
+
+python() {
+  exec "$PYTHON" "$@"
+}
+
+spear() {
+  if [ -n "${SPEAR:-}" ]; then exec "$SPEAR" "$@"; fi
+  exec "$PYTHON" -m spear "$@"
+}
+
+_child=
+
+_stop() {
+  trap '' INT TERM
+  if [ -n "$_child" ]; then
+    log "Signal: waiting for the stage to stop"
+    kill -TERM "$_child" 2>/dev/null || true
+    code=0
+    wait "$_child" || code=$?
+    exit "$code"
+  fi
+  exit 3
+}
+trap _stop INT TERM
+
+run_stage() {
+  local number=$1 word=$2 code=0
+  shift 2
+  if [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; then return 0; fi
+  log "Stage $number: $word"
+  "$@" &
+  _child=$!
+  wait "$_child" || code=$?
+  _child=
+  if [ "$code" -ne 0 ]; then
+    log "Stage $number: $word ended with exit code $code; run the same command again to go on"
+    exit "$code"
+  fi
+}

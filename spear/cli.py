@@ -1,0 +1,167 @@
+"""The ``spear`` command: eight stages and a few tools, each a thin call into the package."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from spear import __version__
+from spear.errors import SpearError, StopRequested
+
+OK, USER_ERROR, STOPPED = 0, 1, 3
+STAGES = {
+    "manifests": "audio -> Lhotse cuts, checked",
+    "features": "a seeded sample of frozen teacher frames, enough to fit a quantizer",
+    "quantizers": "fit one quantizer per teacher, with its card",
+    "tokens": "audio -> teacher -> codes, in one pass",
+    "shards": "audio and tokens of every cut into Lhotse Shar",
+    "pretrain": "train the student on masked log-mels",
+    "export": "averaged encoder as a Hugging Face folder",
+    "evaluate": "frozen-encoder probes and the HTML report",
+}
+EPILOG = "exit codes: 0 done, 1 something you can fix (one line says what), 2 wrong usage, 3 stopped on a signal after saving"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        code = options.action(options)
+        return OK if code is None else int(code)
+    except (StopRequested, KeyboardInterrupt) as stop:
+        print(f"spear: stopped: {stop or 'interrupted'}; run the same command again to go on", file=sys.stderr)
+        return STOPPED
+    except SpearError as error:
+        print(f"spear: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        print(f"spear: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return USER_ERROR
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise StopRequested(signal.Signals(number).name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spear", description=__import__("spear").__doc__, epilog=EPILOG, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"spear {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in STAGES.items():
+        stage = _add(commands, name, text, _run_stage, stage=name)
+        _run_options(stage)
+    _run_options(_add(commands, "preflight", "find what would go wrong, and estimate time and disk, before hours are spent", _preflight))
+    _add(commands, "doctor", "what is installed, what is missing, and what each missing thing costs", _doctor)
+    tool = _add(commands, "import", "released SPEAR folder or icefall checkpoint -> export folder", _import)
+    tool.add_argument("src", type=Path, metavar="SRC", help="folder in the Hugging Face layout, or an icefall .pt checkpoint")
+    tool.add_argument("out", type=Path, metavar="OUT", help="export folder to write")
+    tool = _add(commands, "encode", "features of audio files, one .npz each", _encode)
+    tool.add_argument("export", metavar="EXPORT", help="export folder or Hugging Face id")
+    tool.add_argument("audio", nargs="+", type=Path, metavar="AUDIO")
+    tool.add_argument("--out", type=Path, required=True, metavar="DIR")
+    tool.add_argument(
+        "--layer", default="last", metavar="N|all|last", help="hidden state to write (0 is the first layer); default: last, the encoder's output"
+    )
+    tool = _add(commands, "tokenize", "codes of audio files from a teacher and its quantizer, one .npz each", _tokenize)
+    tool.add_argument("--recipe", type=Path, metavar="R.yaml", help="recipe that names the teacher")
+    tool.add_argument("--teacher", metavar="NAME", help="name of the teacher in the recipe")
+    tool.add_argument("--teacher-dir", metavar="DIR", help="teacher folder or Hugging Face id, instead of a recipe")
+    tool.add_argument("--layer", type=int, metavar="N", help="hidden state of --teacher-dir; default: its last output")
+    tool.add_argument("--quantizer", type=Path, required=True, metavar="DIR", help="fitted quantizer, DATA/quantizers/<teacher>")
+    tool.add_argument("--data", type=Path, metavar="DIR", help="folder that a recipe's relative model paths start from")
+    tool.add_argument("audio", nargs="+", type=Path, metavar="AUDIO")
+    tool.add_argument("--out", type=Path, required=True, metavar="DIR")
+    tool = _add(commands, "report", "one HTML page, several runs side by side", _report)
+    tool.add_argument("exp", nargs="+", type=Path, metavar="EXP")
+    tool.add_argument("--out", type=Path, metavar="FILE", help="default: EXP/evaluate/report.html of the first run (one run) or report.html here")
+    return parser
+
+
+def _add(commands: Any, name: str, text: str, action: Callable[[argparse.Namespace], int | None], **defaults: object) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=EPILOG, allow_abbrev=False)
+    parser.set_defaults(action=action, **defaults)
+    return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", type=Path, required=True, metavar="R.yaml", help="what is trained")
+    parser.add_argument("--corpora", type=Path, required=True, metavar="C.yaml", help="on what")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of manifests, features, quantizers, tokens, shards")
+    parser.add_argument("--exp", type=Path, required=True, metavar="DIR", help="folder of this run: checkpoints, export, evaluation")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override one key of the recipe; repeatable")
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from spear.recipe import load_run
+
+    return load_run(options.recipe, options.corpora, options.data, options.exp, options.overrides)
+
+
+def _run_stage(options: argparse.Namespace) -> None:
+    from spear.stages import run_stage
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_stage(options.stage, _load(options))
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from spear.commands.preflight import preflight
+
+    return preflight(_load(options), print)
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from spear.commands.doctor import doctor
+
+    return doctor(print)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from spear.commands.import_ import import_model
+
+    import_model(options.src, options.out)
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from spear.commands.encode import encode_files
+
+    layer = options.layer if options.layer in ("all", "last") else _whole("--layer", options.layer)
+    encode_files(options.export, options.audio, options.out, layer)
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    from spear.commands.tokenize import tokenize_files
+
+    tokenize_files(options)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from spear.commands.report import write_report
+
+    print(write_report(options.exp, options.out))
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise SpearError(f"`{name}` must be a layer number, all or last, but is {text!r}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""``spear doctor``: what is installed, what is missing, and what each missing thing costs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+OLDEST, NEWEST = (3, 10), (3, 13)
+
+REQUIRED = {
+    "torch": "nothing runs",
+    "numpy": "nothing runs",
+    "scipy": "audio is not resampled",
+    "lhotse": "there are no manifests and shards",
+    "urllib3": "lhotse does not import",
+    "transformers": "there are no Hugging Face teachers and no export",
+    "safetensors": "weights are neither read nor written",
+    "soundfile": "audio is not read",
+    "draccus": "recipes are not read",
+    "rich": "there is no progress bar",
+    "tensorboard": "there are no TensorBoard logs",
+    "sklearn": "there is no k-means quantizer",
+    "matplotlib": "there are no plots",
+    "jinja2": "there is no report and no model card",
+}
+OPTIONAL = {
+    "espeakng_loader": "egs/mini cannot make its speech; install the extra [mini]",
+    "multi_quantization": "tools/bench_mvq.py has nothing to compare with; install the extra [dev]",
+    "torchaudio": "nothing in spear; teachers that bring their own code may want it",
+}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "espeakng_loader": "espeakng-loader"}
+
+
+def version(module: str) -> str | None:
+    """Installed version of a module, None where it is missing."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS.get(module, module))
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def doctor(say: Callable[[str], None]) -> int:
+    """Say line by line what is there; returns 1 where a required part is missing, else 0."""
+    broken = 0
+    here = sys.version_info[:2]
+    fits = OLDEST <= here <= NEWEST
+    say(f"{'ok     ' if fits else 'untried'} Python {platform.python_version()} (tested: 3.10 to 3.13)")
+    for module, cost in REQUIRED.items():
+        found = version(module)
+        broken += found is None
+        say(f"ok      {module} {found}" if found else f"MISSING {module}: without it {cost}")
+    for module, cost in OPTIONAL.items():
+        found = version(module)
+        say(f"ok      {module} {found} (optional)" if found else f"absent  {module} (optional): {cost}")
+    say(f"ok      {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            say(f"ok      GPU {index}: {torch.cuda.get_device_name(index)}")
+    else:
+        say("absent  GPU: teachers and pre-training run on the CPU, enough for the mini road and nothing bigger")
+    say(f"ok      {shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here")
+    offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
+    say(f"ok      Hugging Face hub {'offline by environment: teachers must be local folders' if offline else 'allowed'}")
+    return 1 if broken else 0

@@ -1,0 +1,216 @@
+"""Which cuts make up training batch g: a pure function of lengths, settings, seed and g, with nothing to restore.
+
+Cuts are grouped by duration into buckets with one batch size each. Every corpus owes every bucket a fixed number of draws per epoch,
+taken from an endless row of permutations of its cuts there. So each epoch has the same number of batches, a corpus of weight 1 is
+heard exactly once an epoch, and any batch of any epoch can be named without walking through those before it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from spear.data.fbank import SAMPLE_RATE
+from spear.errors import ConfigError
+from spear.files import seed_from
+
+Ints = npt.NDArray[np.int64]
+CACHED_BUCKETS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How cuts become batches."""
+
+    max_batch_s: float = 200.0
+    """Most seconds of audio per batch and rank, padding counted."""
+    num_buckets: int = 20
+    """Groups of like duration; fewer where there are few cuts."""
+    weights: Literal["factors", "hours"] = "factors"
+    """What a corpus's `weight` is: a factor on its own hours, or the hours it is to give an epoch."""
+    temperature: float = 1.0
+    """Exponent on the hours each corpus gives an epoch, their sum kept: below 1 small corpora are heard more often."""
+    epoch_hours: float | None = None
+    """Hours of an epoch over all corpora; by default what the weights say."""
+    shuffle: bool = True
+    """Draw in a new random order every epoch; else in the order of the shards, short buckets first."""
+    num_workers: int = 0
+    """Processes that make batches ahead of time; the batches are the same for any number."""
+    prefetch: int = 4
+    """Batches that every worker keeps ready."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_batch_s < float("inf"):
+            raise ConfigError(f"`max_batch_s` must be more than 0, but is {self.max_batch_s}")
+        if not 0 <= self.temperature <= 1:
+            raise ConfigError(f"`temperature` must be between 0 and 1, but is {self.temperature}")
+        if self.epoch_hours is not None and not 0 < self.epoch_hours < float("inf"):
+            raise ConfigError(f"`epoch_hours` must be more than 0, but is {self.epoch_hours}")
+        for key, value, least in (("num_buckets", self.num_buckets, 1), ("num_workers", self.num_workers, 0), ("prefetch", self.prefetch, 1)):
+            if value < least:
+                raise ConfigError(f"`{key}` must be at least {least}, but is {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """What the sampler knows of a corpus."""
+
+    name: str
+    samples: Ints
+    """(M,) samples of each cut at 16 kHz."""
+    weight: float = 1.0
+
+    @property
+    def hours(self) -> float:
+        """Hours of audio."""
+        return float(self.samples.sum()) / SAMPLE_RATE / 3600
+
+
+def repeats(corpora: Sequence[Lengths], config: SamplingConfig) -> list[float]:
+    """How often each corpus is heard per epoch.
+
+    Raises:
+        ConfigError: every corpus has weight 0.
+    """
+    own = [corpus.hours for corpus in corpora]
+    wanted = [corpus.weight if config.weights == "hours" else corpus.weight * hours for corpus, hours in zip(corpora, own)]
+    total = sum(wanted)
+    if total <= 0:
+        raise ConfigError(f"`weight` must be more than 0 for at least one corpus, but is 0 for {', '.join(corpus.name for corpus in corpora)}")
+    flattened = [hours**config.temperature if hours > 0 else 0.0 for hours in wanted]
+    goal = config.epoch_hours or total
+    return [goal * share / sum(flattened) / hours for share, hours in zip(flattened, own)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """The cuts of one corpus in one bucket."""
+
+    corpus: int
+    cuts: Ints
+    draws: int
+    """Cuts taken per epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    cells: tuple[_Cell, ...]
+    draws: int
+    batches: int
+
+
+class BatchPlan:
+    """The row of training batches.
+
+    Args:
+        corpora: lengths and weights. config: see SamplingConfig. seed: of the run.
+    Raises:
+        ConfigError: a cut alone is longer than `max_batch_s`, or there is nothing to draw.
+    """
+
+    def __init__(self, corpora: Sequence[Lengths], config: SamplingConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        if not corpora or not sum(len(corpus.samples) for corpus in corpora):
+            raise ConfigError("`corpora` must give at least one training cut, but give none")
+        factors = repeats(corpora, config)
+        used = [(i, corpus) for i, corpus in enumerate(corpora) if factors[i] > 0]
+        longest = max(int(corpus.samples.max()) for _, corpus in used) / SAMPLE_RATE
+        if longest > config.max_batch_s:
+            raise ConfigError(f"`max_batch_s` must be at least the longest cut, {longest:g} s, but is {config.max_batch_s:g}")
+        self._buckets = _make_buckets(used, factors, config)
+        self._ends = np.cumsum([bucket.batches for bucket in self._buckets])
+        self._drawn: OrderedDict[tuple[int, int], Ints] = OrderedDict()
+        self._order: tuple[int, Ints] | None = None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """The same for every epoch."""
+        return int(self._ends[-1])
+
+    @property
+    def draws_per_epoch(self) -> int:
+        """Cuts per epoch."""
+        return sum(bucket.draws for bucket in self._buckets)
+
+    def batch(self, g: int) -> list[tuple[int, int]]:
+        """(corpus, cut) of every item of batch `g`, g = 0, 1, ... over all epochs."""
+        epoch, place = divmod(g, self.batches_per_epoch)
+        place = int(self._shuffled(epoch)[place])
+        b = int(np.searchsorted(self._ends, place, side="right"))
+        bucket = self._buckets[b]
+        i = place - (int(self._ends[b - 1]) if b else 0)
+        rows = self._draws(epoch, b)[bucket.draws * i // bucket.batches : bucket.draws * (i + 1) // bucket.batches]
+        return [(int(corpus), int(cut)) for corpus, cut in rows]
+
+    def _shuffled(self, epoch: int) -> Ints:
+        """Order of the epoch's batches."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._permutation(self.batches_per_epoch, "batches", epoch)
+        return self._order[1]
+
+    def _draws(self, epoch: int, b: int) -> Ints:
+        """(draws, 2) corpus and cut of an epoch in bucket `b`."""
+        key = epoch, b
+        if key not in self._drawn:
+            bucket = self._buckets[b]
+            rows = [np.stack([np.full(cell.draws, cell.corpus), self._cell(cell, b, epoch)], axis=1) for cell in bucket.cells]
+            joined = np.concatenate(rows)
+            self._drawn[key] = joined[self._permutation(len(joined), "bucket", epoch, b)]
+            if len(self._drawn) > max(CACHED_BUCKETS, len(self._buckets)):
+                self._drawn.popitem(last=False)
+        return self._drawn[key]
+
+    def _cell(self, cell: _Cell, b: int, epoch: int) -> Ints:
+        """(draws,) cuts: places epoch * draws onwards in the endless row of the cell's permutations."""
+        size, first = len(cell.cuts), epoch * cell.draws
+        rounds = range(first // size, (first + cell.draws - 1) // size + 1)
+        row = np.concatenate([cell.cuts[self._permutation(size, "cell", cell.corpus, b, number)] for number in rounds])
+        start = first - rounds[0] * size
+        return row[start : start + cell.draws]
+
+    def _permutation(self, size: int, *what: object) -> Ints:
+        if not self.config.shuffle:
+            return np.arange(size)
+        return np.random.Generator(np.random.Philox(seed_from(self.seed, "sampler", *what))).permutation(size)
+
+
+def _make_buckets(used: Sequence[tuple[int, Lengths]], factors: Sequence[float], config: SamplingConfig) -> list[_Bucket]:
+    """Cut the range of durations where equal shares of the epoch's audio lie, then fill the pieces."""
+    samples = np.concatenate([corpus.samples for _, corpus in used])
+    weights = np.concatenate([np.full(len(corpus.samples), factors[i]) for i, corpus in used])
+    order = np.argsort(samples, kind="stable")
+    audio = np.cumsum(samples[order] * weights[order])
+    wanted = audio[-1] * np.arange(1, config.num_buckets) / config.num_buckets
+    edges = np.unique(samples[order][np.minimum(np.searchsorted(audio, wanted), len(order) - 1)])  # a bucket's largest length
+    edges = np.append(edges[edges < samples.max()], samples.max())
+    homes = [(i, corpus, np.searchsorted(edges, corpus.samples)) for i, corpus in used]
+    buckets = []
+    for b, edge in enumerate(edges):
+        found = [(i, np.flatnonzero(home == b), factors[i]) for i, _, home in homes]
+        cells = tuple(_Cell(i, cuts, max(1, round(len(cuts) * factor))) for i, cuts, factor in found if len(cuts))
+        draws = sum(cell.draws for cell in cells)
+        size = max(1, int(config.max_batch_s * SAMPLE_RATE // int(edge)))
+        buckets.append(_Bucket(cells, draws, -(-draws // size)))
+    return buckets
+
+
+def valid_batches(lengths: Sequence[Ints], max_batch_s: float) -> list[list[tuple[int, int]]]:
+    """Every cut once, sorted by duration, in batches of at most `max_batch_s` seconds, padding counted.
+
+    Args:
+        lengths: (M,) samples per corpus.
+    Returns:
+        Batches of (corpus, cut).
+    """
+    rows = sorted((int(n), corpus, cut) for corpus, samples in enumerate(lengths) for cut, n in enumerate(samples))
+    batches: list[list[tuple[int, int]]] = []
+    for n, corpus, cut in rows:
+        if not batches or (len(batches[-1]) + 1) * n > max_batch_s * SAMPLE_RATE:
+            batches.append([])
+        batches[-1].append((corpus, cut))
+    return batches

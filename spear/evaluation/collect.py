@@ -1,0 +1,104 @@
+"""One pass of a model over the labelled cuts: every cut is embedded once, and each task keeps only what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spear.errors import DataError
+from spear.evaluation.embedders import Audio, Embedder
+from spear.evaluation.tasks.base import SPLITS, Features, Rows, Split, Task
+from spear.progress import Meter
+
+LoadAudio = Callable[[Any, int], Audio]
+"""(cut, sample rate) -> samples."""
+
+
+class AudioCache:
+    """Keeps the first hours of decoded audio in memory, since several models hear the same cuts.
+
+    Args:
+        load: reads one cut. limit_s: seconds of audio to keep (4 bytes a sample).
+    """
+
+    def __init__(self, load: LoadAudio, limit_s: float = 3600.0) -> None:
+        self._load, self._left_s = load, limit_s
+        self._kept: dict[tuple[str, int], Audio] = {}
+
+    def __call__(self, cut: Any, sample_rate: int) -> Audio:
+        """Samples of the cut at `sample_rate`."""
+        found = self._kept.get((cut.id, sample_rate))
+        if found is None:
+            found = self._load(cut, sample_rate)
+            if self._left_s >= cut.duration:
+                self._left_s -= cut.duration
+                self._kept[cut.id, sample_rate] = found
+        return found
+
+
+@dataclass(slots=True)
+class Plan:
+    """Which cuts each task reads, and the batches all models hear them in.
+
+    users[split][cut id]: names of the tasks. batches[split]: cuts, equal in every run whatever is already scored.
+    """
+
+    tasks: Mapping[str, Task]
+    users: dict[Split, dict[str, list[str]]] = field(default_factory=dict)
+    batches: dict[Split, list[list[Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, tasks: Mapping[str, Task], cuts: Mapping[str, Mapping[Split, Sequence[Any]]], batch_s: float) -> Plan:
+        """Select cuts for every task and lay them out in batches of like length.
+
+        Args:
+            tasks: name -> task. cuts: name -> split -> the cuts of the task's corpora.
+            batch_s: most seconds per batch, padding included; a longer cut stands alone.
+        Raises:
+            DataError: a split has no labelled cut for a task, or two different cuts share an id.
+        """
+        plan = cls(tasks, {split: {} for split in SPLITS})
+        known: dict[Split, dict[str, Any]] = {split: {} for split in SPLITS}
+        for name, task in tasks.items():
+            selected = task.select(cuts[name])
+            task.prepare(selected)
+            for split, found in selected.items():
+                for cut in found:
+                    if known[split].setdefault(cut.id, cut) is not cut:
+                        raise DataError(f"two cuts of the {split} split share the id {cut.id!r}", cause="duplicate_id")
+                    plan.users[split].setdefault(cut.id, []).append(name)
+        for split in SPLITS:
+            plan.batches[split] = batches_of(known[split].values(), batch_s)
+        return plan
+
+    def embed(self, embedder: Embedder, names: Sequence[str], load: LoadAudio) -> dict[str, dict[Split, Features]]:
+        """Features of the named tasks for one model: task -> split -> Features."""
+        rows: dict[str, dict[Split, dict[str, Rows]]] = {name: {split: {} for split in SPLITS} for name in names}
+        todo = [
+            (split, batch)
+            for split in SPLITS
+            for batch in self.batches[split]
+            if any(name in rows for cut in batch for name in self.users[split][cut.id])
+        ]
+        with Meter(f"embed {embedder.name}", sum(len(batch) for _, batch in todo), unit="cuts") as meter:
+            for split, batch in todo:
+                found = embedder.embed_batch([load(cut, embedder.sample_rate) for cut in batch])
+                for cut, layers in zip(batch, found):
+                    times = embedder.times(len(layers[0]))
+                    for name in self.users[split][cut.id]:
+                        if name in rows:
+                            rows[name][split][cut.id] = self.tasks[name].rows(cut, split, times, layers)
+                meter.advance(len(batch), audio_s=sum(cut.duration for cut in batch))
+        return {name: {split: Features.join(parts) for split, parts in splits.items()} for name, splits in rows.items()}
+
+
+def batches_of(cuts: Iterable[Any], batch_s: float) -> list[list[Any]]:
+    """Group cuts of like length so that (longest x number) stays within `batch_s` seconds; depends on the set of cuts only."""
+    batches: list[list[Any]] = []
+    for cut in sorted(cuts, key=lambda cut: (-cut.duration, cut.id)):
+        if batches and batches[-1][0].duration * (len(batches[-1]) + 1) <= batch_s:
+            batches[-1].append(cut)
+        else:
+            batches.append([cut])
+    return batches

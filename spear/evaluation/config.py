@@ -1,0 +1,82 @@
+"""Settings of the evaluation."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from spear.errors import ConfigError
+from spear.evaluation.tasks.base import Settings, Task, TaskConfig
+from spear.files import seed_from
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """What the frozen encoder is asked, and beside whom it stands."""
+
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Name of the task, as the report shows it -> its settings. The first task of a domain speaks for it in the report."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of the probes and of the verification trials; scores are their mean."""
+    learning_rates: list[float] = field(default_factory=lambda: [0.003, 0.03])
+    """Tried per layer with the first seed; the best on the valid split is kept."""
+    weight_decays: list[float] = field(default_factory=lambda: [0.0, 0.3])
+    """Decoupled weight decays, tried with every learning rate."""
+    steps: int = 400
+    """Adam steps of a probe."""
+    batch_size: int = 512
+    """Items per step; a smaller train split is used whole."""
+    max_train_frames: int = 50_000
+    """Frames a frame task trains on, drawn evenly from all cuts."""
+    max_test_frames: int = 50_000
+    """Frames a frame task uses of the valid and of the test split."""
+    resamples: int = 500
+    """Bootstrap draws behind a 95 % interval."""
+    context_frames: int = 3
+    """Neighbours on each side in the second log-mel baseline; 0 leaves it out."""
+    reconstruction: bool = True
+    """Also score each teacher rebuilt from its tokens: what the student could learn at most."""
+    untrained: bool = True
+    """Also score the student before any training."""
+    batch_s: float = 60.0
+    """Seconds of audio per embedding batch, padding included."""
+
+    def __post_init__(self) -> None:
+        for name in self.tasks:
+            if not NAME.fullmatch(name):
+                raise ConfigError(f"`tasks` names must be letters, digits, '_', '-' and '.', but one is {name!r}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError(f"`seeds` must be at least one and all different, but is {self.seeds}")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ConfigError(f"`learning_rates` must be at least one and all positive, but is {self.learning_rates}")
+        if not self.weight_decays or min(self.weight_decays) < 0:
+            raise ConfigError(f"`weight_decays` must be at least one and none negative, but is {self.weight_decays}")
+        for key in ("steps", "batch_size", "max_train_frames", "max_test_frames", "resamples"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"`{key}` must be at least 1, but is {getattr(self, key)}")
+        if self.context_frames < 0:
+            raise ConfigError(f"`context_frames` must be at least 0, but is {self.context_frames}")
+        if self.batch_s <= 0:
+            raise ConfigError(f"`batch_s` must be positive, but is {self.batch_s}")
+
+    def settings(self, seed: int, device: str = "cpu") -> Settings:
+        """What the tasks share; `seed` is the run's."""
+        return Settings(
+            seed=seed_from(seed, "evaluation"),
+            seeds=tuple(self.seeds),
+            max_train_frames=self.max_train_frames,
+            max_test_frames=self.max_test_frames,
+            learning_rates=tuple(self.learning_rates),
+            weight_decays=tuple(self.weight_decays),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            resamples=self.resamples,
+            device=device,
+        )
+
+    def build(self, seed: int, device: str = "cpu") -> dict[str, Task]:
+        """The tasks by name."""
+        settings = self.settings(seed, device)
+        return {name: config.build(name, settings) for name, config in self.tasks.items()}

@@ -1,0 +1,126 @@
+"""Metrics of the evaluation: accuracy with its interval, equal error rate, detection cost, mean average precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+
+
+def accuracy(predicted: NDArray[np.integer], expected: NDArray[np.integer]) -> float:
+    """Share of equal entries of two (M,) arrays.
+
+    Raises:
+        ValueError: the arrays differ in shape or are empty.
+    """
+    if predicted.shape != expected.shape or predicted.size == 0:
+        raise ValueError(f"accuracy needs two equal, non-empty shapes, but got {predicted.shape} and {expected.shape}")
+    return float((predicted == expected).mean())
+
+
+def cluster_interval(values: Floats, groups: Sequence[str], *, resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of a mean whose items come in groups that are not independent, such as the frames of one utterance.
+
+    Args:
+        values: (M,) one number per item, e.g. 1 for a hit and 0 for a miss. groups: M names; whole groups are drawn with replacement.
+        resamples: number of bootstrap draws. seed: of the draws. level: mass between the two ends.
+    Returns:
+        lower and upper end, percentile method (Efron and Tibshirani, 1993, section 13.3).
+    """
+    index = np.unique(np.asarray(groups), return_inverse=True)[1]
+    totals, counts = np.bincount(index, weights=values), np.bincount(index)
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        drawn = rng.integers(0, len(counts), len(counts))
+        means[i] = totals[drawn].sum() / counts[drawn].sum()
+    return _percentiles(means, level)
+
+
+def error_rates(scores: Floats, targets: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Miss and false-alarm rate at every threshold, from accepting all trials to accepting none.
+
+    Args:
+        scores: (M,) higher means more alike. targets: (M,) True where both sides are the same speaker.
+    Returns:
+        miss rates, never falling, and false-alarm rates, never rising; trials of equal score move together.
+    Raises:
+        ValueError: there is no target or no non-target trial.
+    """
+    num_targets = int(targets.sum())
+    num_others = len(targets) - num_targets
+    if num_targets == 0 or num_others == 0:
+        raise ValueError(f"error rates need both kinds of trials, but got {num_targets} targets and {num_others} others")
+    order = np.argsort(scores, kind="stable")
+    ordered, hits = scores[order], targets[order]
+    last_of_tie = np.append(ordered[1:] != ordered[:-1], True)
+    misses = np.concatenate([[0.0], np.cumsum(hits)[last_of_tie] / num_targets])
+    false_alarms = np.concatenate([[1.0], 1.0 - np.cumsum(~hits)[last_of_tie] / num_others])
+    return misses, false_alarms
+
+
+def equal_error_rate(scores: Floats, targets: NDArray[np.bool_]) -> float:
+    """Rate at which misses and false alarms are equal, by straight lines between thresholds (see `error_rates`)."""
+    misses, false_alarms = error_rates(scores, targets)
+    gap = misses - false_alarms
+    right = int(np.argmax(gap >= 0))
+    left = right - 1
+    share = -gap[left] / (gap[right] - gap[left])
+    return float(misses[left] + share * (misses[right] - misses[left]))
+
+
+def min_detection_cost(
+    scores: Floats, targets: NDArray[np.bool_], *, p_target: float = 0.01, cost_miss: float = 1.0, cost_false: float = 1.0
+) -> float:
+    """Least detection cost over all thresholds, divided by the cost of the better constant answer (NIST SRE 2010 plan, section 3)."""
+    misses, false_alarms = error_rates(scores, targets)
+    costs = cost_miss * p_target * misses + cost_false * (1 - p_target) * false_alarms
+    return float(costs.min() / min(cost_miss * p_target, cost_false * (1 - p_target)))
+
+
+def trial_interval(scores: Floats, targets: NDArray[np.bool_], *, resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of the equal error rate; target and other trials are drawn apart, each with replacement."""
+    rng = np.random.default_rng(seed)
+    same, other = scores[targets], scores[~targets]
+    labels = np.arange(len(scores)) < len(same)
+    rates = np.empty(resamples)
+    for i in range(resamples):
+        drawn = np.concatenate([same[rng.integers(0, len(same), len(same))], other[rng.integers(0, len(other), len(other))]])
+        rates[i] = equal_error_rate(drawn, labels)
+    return _percentiles(rates, level)
+
+
+def average_precision(scores: Floats, relevant: NDArray[np.bool_]) -> float:
+    """Area under the precision-recall steps of one class; items of equal score enter together.
+
+    Raises:
+        ValueError: no item is relevant.
+    """
+    if not relevant.any():
+        raise ValueError("average precision needs at least one relevant item")
+    order = np.argsort(-scores, kind="stable")
+    ordered, hits = scores[order], np.cumsum(relevant[order])
+    last_of_tie = np.append(ordered[1:] != ordered[:-1], True)
+    found, seen = hits[last_of_tie], np.flatnonzero(last_of_tie) + 1
+    recall = np.concatenate([[0], found]) / hits[-1]
+    return float(np.sum(np.diff(recall) * found / seen))
+
+
+def mean_average_precision(scores: Floats, relevant: NDArray[np.bool_]) -> float:
+    """Mean of `average_precision` over the classes that occur.
+
+    Args:
+        scores: (M, K) class scores. relevant: (M, K) True where the class belongs to the item.
+    """
+    present = np.flatnonzero(relevant.any(axis=0))
+    if len(present) == 0:
+        raise ValueError("mean average precision needs at least one relevant item")
+    return float(np.mean([average_precision(scores[:, k], relevant[:, k]) for k in present]))
+
+
+def _percentiles(values: Floats, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

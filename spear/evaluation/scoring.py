@@ -1,0 +1,65 @@
+"""Scores of several models on several tasks, one small file per pair, so that a stopped evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spear.evaluation.collect import LoadAudio, Plan
+from spear.evaluation.embedders import Embedder
+from spear.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+PARTIAL = "partial"
+
+Scores = dict[str, dict[str, dict[str, Any]]]
+"""task -> model -> {metric, value, std, ci, layer, by_layer, ...} (see `spear.evaluation.tasks.base.Score`)."""
+
+
+class Model(NamedTuple):
+    """A model to score: its file-safe name, and how to make its embedder when it is needed."""
+
+    name: str
+    make: Callable[[], Embedder]
+
+
+def score_models(models: list[Model], plan: Plan, domains: Mapping[str, str], load: LoadAudio, folder: Path) -> Scores:
+    """Score every model on every task of the plan; pairs found in ``folder/partial`` are not scored again.
+
+    Args:
+        models: in the order of the report. plan: tasks, their cuts and batches. domains: task -> domain it stands for.
+        load: reads a cut. folder: of the evaluation.
+    Returns:
+        task -> model -> score, also when all came from files.
+    """
+    for model in models:
+        missing = [task for task in plan.tasks if not _path(folder, model.name, task).exists()]
+        if not missing:
+            continue
+        embedder = model.make()
+        features = plan.embed(embedder, missing, load)
+        for task in missing:
+            score = plan.tasks[task].score(features.pop(task), embedder.layer_names)
+            record = {**score.to_json(), "kind": embedder.kind, "label": embedder.label, "domain": domains[task]}
+            write_json(_path(folder, model.name, task), record)
+            logger.info("evaluate: %s on %s: %s %.4f (%s)", embedder.label, task, score.metric, score.value, score.layer)
+    return {
+        task: {model.name: {**read_json(_path(folder, model.name, task)), "order": [i, j]} for j, model in enumerate(models)}
+        for i, task in enumerate(plan.tasks)
+    }
+
+
+def ordered(scores: Scores) -> Scores:
+    """Tasks and models in the order of the recipe, which the sorted keys of a JSON file lose but ``order`` keeps."""
+
+    def place(record: Mapping[str, Any]) -> list[int]:
+        return list(record.get("order", [0, 0]))
+
+    models = {task: dict(sorted(found.items(), key=lambda item: place(item[1]))) for task, found in scores.items()}
+    return dict(sorted(models.items(), key=lambda item: min((place(record) for record in item[1].values()), default=[0, 0])))
+
+
+def _path(folder: Path, model: str, task: str) -> Path:
+    return folder / PARTIAL / model / f"{task}.json"

@@ -1,0 +1,184 @@
+"""The contract of a task: which cuts it uses, what it keeps of their frames, and its score."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spear.errors import ConfigError, DataError
+from spear.files import seed_from
+from spear.registry import Registry
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+Array = NDArray[np.float32]
+
+
+class Rows(NamedTuple):
+    """Items of one cut: labels, one per item, and per layer an (M, D_l) float32 array."""
+
+    labels: list[str]
+    layers: list[Array]
+
+
+@dataclass(slots=True)
+class Features:
+    """Items of one split for one model.
+
+    labels: M words; groups: M cut ids; layers: one (M, D_l) float32 array per layer.
+    """
+
+    labels: list[str]
+    groups: list[str]
+    layers: list[Array]
+
+    @classmethod
+    def join(cls, parts: Mapping[str, Rows]) -> Features:
+        """Put the items of cuts (id -> Rows) together, in the order of the ids.
+
+        Raises:
+            DataError: there is no item at all.
+        """
+        ids = [cut_id for cut_id in sorted(parts) if parts[cut_id].labels]
+        if not ids:
+            raise DataError("no labelled item was found")
+        labels = [label for cut_id in ids for label in parts[cut_id].labels]
+        groups = [cut_id for cut_id in ids for _ in parts[cut_id].labels]
+        count = len(parts[ids[0]].layers)
+        return cls(labels, groups, [np.concatenate([parts[cut_id].layers[i] for cut_id in ids]) for i in range(count)])
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What all tasks of an evaluation share (see `EvaluationConfig`)."""
+
+    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
+    max_train_frames: int = 50_000
+    max_test_frames: int = 50_000
+    learning_rates: tuple[float, ...] = (0.01,)
+    weight_decays: tuple[float, ...] = (0.0,)
+    steps: int = 400
+    batch_size: int = 512
+    resamples: int = 500
+    device: str = "cpu"
+
+
+@dataclass(slots=True)
+class Score:
+    """Result of one model on one task.
+
+    value: on test, the mean over seeds, of the layer that is best on valid; std: over the seeds; ci: 95 % bootstrap interval.
+    by_layer: layer name -> {"valid", "test"}, of the first seed. details: further numbers, such as the number of items.
+    """
+
+    metric: str
+    higher_is_better: bool
+    value: float
+    std: float
+    ci: tuple[float, float]
+    layer: str
+    by_layer: dict[str, dict[str, float]]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON value with numbers rounded to six digits."""
+        return {
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "value": round(self.value, 6),
+            "std": round(self.std, 6),
+            "ci": [round(end, 6) for end in self.ci],
+            "layer": self.layer,
+            "by_layer": {name: {split: round(x, 6) for split, x in found.items()} for name, found in self.by_layer.items()},
+            **self.details,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig(Registry):
+    """Settings of a task; the table of tasks."""
+
+    TABLE: ClassVar[dict[str, str]] = {
+        "frames": "spear.evaluation.tasks.frames:FramesConfig",
+        "segments": "spear.evaluation.tasks.segments:SegmentsConfig",
+        "utterances": "spear.evaluation.tasks.utterances:UtterancesConfig",
+        "verification": "spear.evaluation.tasks.verification:VerificationConfig",
+    }
+    domain: str | None = None
+    """Corpora of this domain only; null takes any."""
+    corpora: list[str] = field(default_factory=list)
+    """Names of the corpora; empty takes all of the domain."""
+    max_cuts: int | None = None
+    """Most cuts per split, drawn with the evaluation's seed; null takes all."""
+
+    def __post_init__(self) -> None:
+        if self.max_cuts is not None and self.max_cuts < 1:
+            raise ConfigError(f"`max_cuts` must be at least 1 or null, but is {self.max_cuts}")
+
+    def build(self, name: str, settings: Settings) -> Task:
+        """Make the task under its name in the recipe."""
+        raise NotImplementedError
+
+
+class Task(abc.ABC):
+    """Picks items out of cuts and scores a model on them."""
+
+    def __init__(self, name: str, config: TaskConfig, settings: Settings) -> None:
+        self.name, self.config, self.settings = name, config, settings
+
+    @abc.abstractmethod
+    def wants(self, cut: Any) -> bool:
+        """Whether the cut carries the labels the task needs."""
+
+    @abc.abstractmethod
+    def rows(self, cut: Any, split: Split, times: NDArray[np.float64], layers: Sequence[Array]) -> Rows:
+        """Items of one cut from its frames: `times` (T,) centres in seconds, `layers` (T, D_l) each."""
+
+    @abc.abstractmethod
+    def score(self, features: Mapping[Split, Features], layer_names: Sequence[str]) -> Score:
+        """Train on train, choose on valid, score once on test.
+
+        Raises:
+            DataError: the labels do not make a task, e.g. a single class.
+        """
+
+    def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
+        """Labelled cuts of every split, at most ``max_cuts`` of each, drawn by a hash of the id so that order plays no part.
+
+        Raises:
+            DataError: a split has no labelled cut.
+        """
+        chosen: dict[Split, list[Any]] = {}
+        for split in SPLITS:
+            found = [cut for cut in cuts.get(split, ()) if self.wants(cut)]
+            if not found:
+                raise DataError(f"task `{self.name}` finds no labelled cut in the {split} split ({self.needs()})")
+            if self.config.max_cuts is not None and len(found) > self.config.max_cuts:
+                found = sorted(found, key=lambda cut: seed_from(self.settings.seed, "cuts", self.name, cut.id))[: self.config.max_cuts]
+            chosen[split] = found
+        return chosen
+
+    def needs(self) -> str:
+        """The label the task reads, in words."""
+        return "it needs supervisions"
+
+    def prepare(self, cuts: Mapping[Split, Sequence[Any]]) -> None:
+        """Called once with the selected cuts before any embedding; tasks that thin out their items count them here."""
+        del cuts
+
+
+def alignment_of(cut: Any, tier: str) -> list[tuple[float, float, str]]:
+    """Segments (start, end, symbol) of a tier in seconds from the cut's start, ordered, without empty ones."""
+    found = [
+        (float(item.start), float(item.start) + float(item.duration), str(item.symbol))
+        for supervision in cut.supervisions
+        for item in (supervision.alignment or {}).get(tier, ())
+        if item.duration > 0
+    ]
+    return sorted(found)

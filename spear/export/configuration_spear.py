@@ -1,0 +1,39 @@
+"""Transformers configuration of an exported encoder."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from spear.export.layout import parse_student
+from spear.models.zipformer.config import ZipformerConfig
+
+
+class SpearConfig(PretrainedConfig):
+    """Sizes of the encoder, and what its frames mean.
+
+    Keyword arguments are those of `ZipformerConfig`, per-stack values as comma-separated strings as in the released models,
+    and ``sample_rate``, ``frame_rate_hz``, ``first_frame_s``. What is left out has the encoder's default.
+    """
+
+    model_type = "spear"
+
+    def __init__(self, **values: Any) -> None:
+        defaults = ZipformerConfig()
+        for item in fields(defaults):
+            value = values.pop(item.name, getattr(defaults, item.name))
+            setattr(self, item.name, list(value) if isinstance(value, tuple) else value)
+        self.sample_rate: int = values.pop("sample_rate", 16000)
+        self.frame_rate_hz: float | None = values.pop("frame_rate_hz", None)
+        self.first_frame_s: float | None = values.pop("first_frame_s", None)
+        super().__init__(**values)
+
+    def student(self) -> ZipformerConfig:
+        """The encoder's own config.
+
+        Raises:
+            CheckpointError: a value cannot be read.
+        """
+        return parse_student({item.name: getattr(self, item.name) for item in fields(ZipformerConfig)}, "config.json")

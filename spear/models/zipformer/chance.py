@@ -1,0 +1,33 @@
+"""Cheap random draws of the training-time regularisers, all from torch's global CPU generator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw() -> float:
+    """One number in [0, 1)."""
+    return float(torch.rand(()).item())
+
+
+def happens(prob: float) -> bool:
+    """True with probability `prob`; certain outcomes draw nothing."""
+    return prob > 0.0 and (prob >= 1.0 or draw() < prob)
+
+
+def keep_mask(shape: tuple[int, ...], drop_prob: float, like: Tensor) -> Tensor:
+    """Zeros with probability `drop_prob`, else ones; in the dtype and on the device of `like`."""
+    return (torch.rand(shape) >= drop_prob).to(device=like.device, dtype=like.dtype)
+
+
+def drop_items(x: Tensor, prob: float) -> Tensor:
+    """Zero whole batch items (first dimension of `x`), each with probability `prob`, without rescaling the others."""
+    return x * keep_mask((x.shape[0],) + (1,) * (x.ndim - 1), prob, x) if prob > 0.0 else x
+
+
+def shared_dropout(x: Tensor, prob: float) -> Tensor:
+    """Dropout on (N, T, C) whose mask is the same for all frames of an item."""
+    if prob <= 0.0:
+        return x
+    return x * (keep_mask((x.shape[0], 1, x.shape[2]), prob, x) / (1.0 - prob))

@@ -1,0 +1,96 @@
+"""The Swoosh activations, computed in float32 and keeping one tensor for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SLOPE = 0.08
+BLOCK = 1 << 14
+"""Elements computed together on a CPU, small enough for the cache to hold them between the passes."""
+
+
+class _Swoosh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: float, offset: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.shift = shift
+        return _blocks(x, None, shift, offset)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return _blocks(x, grad, ctx.shift, 0.0), None, None
+
+
+def _forward(x: Tensor, out: Tensor, z: Tensor, shift: float, offset: float) -> None:
+    """out = Swoosh of x; z and out are float32, z is scratch."""
+    z.copy_(x).sub_(shift)
+    torch.ops.aten.softplus.out(z, out=out)
+    out.sub_(z, alpha=SLOPE).sub_(offset + SLOPE * shift)
+
+
+def _backward(x: Tensor, grad: Tensor, out: Tensor, shift: float) -> None:
+    """out = grad times the derivative of Swoosh at x; out is float32."""
+    out.copy_(x).sub_(shift).sigmoid_().sub_(SLOPE).mul_(grad)
+
+
+def _blocks(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tensor:
+    """Swoosh of x, or its derivative times `grad`, in x's dtype and memory order.
+
+    On a CPU block by block, so that the passes over a block find it in the cache.
+    """
+    out = torch.empty_like(x)
+    dense = x.stride() == out.stride() and (grad is None or grad.stride() == x.stride())
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not dense:
+        z = _full(x) - shift
+        return (F.softplus(z).sub_(z, alpha=SLOPE).sub_(offset + SLOPE * shift) if grad is None else z.sigmoid_().sub_(SLOPE).mul_(grad)).to(x.dtype)
+    flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in (x, out, grad)]
+    scratch = torch.empty(2, min(BLOCK, max(x.numel(), 1)))
+    for begin in range(0, x.numel(), BLOCK):
+        piece, target, piece_grad = (None if t is None else t[begin : begin + BLOCK] for t in flat)
+        assert piece is not None and target is not None
+        z, low = scratch[:, : piece.numel()]
+        result = target if target.dtype == torch.float32 else low
+        if piece_grad is None:
+            _forward(piece, result, z, shift, offset)
+        else:
+            _backward(piece, piece_grad, result, shift)
+        if result is low:
+            target.copy_(low)
+    return out
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _Swoosh.apply(x, shift, offset)
+        return result
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        full = _full(x)
+        return (F.softplus(full - shift) - SLOPE * full - offset).to(x.dtype)
+    return _blocks(x, None, shift, offset)
+
+
+def swoosh_l(x: Tensor) -> Tensor:
+    """``softplus(x - 4) - 0.08 x - 0.035`` (Zipformer, arXiv 2310.11230, section 3.4); any shape, same dtype."""
+    return _swoosh(x, 4.0, 0.035)
+
+
+def swoosh_r(x: Tensor) -> Tensor:
+    """``softplus(x - 1) - 0.08 x - 0.313261687`` (Zipformer, section 3.4); any shape, same dtype."""
+    return _swoosh(x, 1.0, 0.313261687)
+
+
+class SwooshR(nn.Module):
+    """`swoosh_r` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x of any shape."""
+        return swoosh_r(x)

@@ -1,0 +1,77 @@
+"""Teacher frames to student frames, from declared rates and times, never from shapes."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spear.errors import ConfigError
+from spear.types import IGNORE, TokenSpec
+
+Align = Literal["index", "time"]
+MAX_DENOMINATOR = 1000
+
+
+class FrameMap(NamedTuple):
+    """Which teacher frames belong to student frame t: ``floor(t * ratio) + offset + j`` for j in 0..group-1.
+
+    ratio: teacher frames per student frame, exact. group: teacher frames predicted by each student frame.
+    offset: in teacher frames, added before the floor.
+    """
+
+    ratio: Fraction
+    group: int
+    offset: Fraction
+
+    def indices(self, num_frames: int) -> Tensor:
+        """(T, group) int64 teacher frame of each student frame; may lie outside the teacher's length."""
+        p, q = self.ratio.numerator, self.ratio.denominator
+        a, b = self.offset.numerator, self.offset.denominator
+        t = torch.arange(num_frames, dtype=torch.int64)
+        first = torch.div(t * p * b + a * q, q * b, rounding_mode="floor")
+        return first[:, None] + torch.arange(self.group)
+
+
+def frame_map(spec: TokenSpec, frame_rate_hz: float, first_frame_s: float, align: Align) -> FrameMap:
+    """How one teacher's token frames meet the student's frames.
+
+    ``index`` (the paper): student frame t takes teacher frames floor(t*r) .. +ceil(r)-1 with r the ratio of the rates, so r = 2
+    stacks two frames, r = 1/2 repeats each. ``time``: the group whose centre is nearest to the student frame's centre.
+
+    Args:
+        spec: rate (Hz) and first-frame time (s) of the tokens. frame_rate_hz, first_frame_s: of the student.
+    Raises:
+        ConfigError: a rate is not positive, or their ratio is no fraction with a denominator up to 1000.
+    """
+    if spec.frame_rate_hz <= 0 or frame_rate_hz <= 0:
+        raise ConfigError(f"frame rates must be positive, but are {spec.frame_rate_hz} Hz (teacher) and {frame_rate_hz} Hz (student)")
+    ratio = Fraction(spec.frame_rate_hz / frame_rate_hz).limit_denominator(MAX_DENOMINATOR)
+    if abs(float(ratio) * frame_rate_hz - spec.frame_rate_hz) > 1e-9 * spec.frame_rate_hz:
+        raise ConfigError(f"the ratio of {spec.frame_rate_hz} Hz to {frame_rate_hz} Hz must be a fraction with a denominator up to {MAX_DENOMINATOR}")
+    group = max(1, -(-ratio.numerator // ratio.denominator))
+    if align == "index":
+        return FrameMap(ratio, group, Fraction(0))
+    shift = Fraction((first_frame_s - spec.first_frame_s) * spec.frame_rate_hz).limit_denominator(MAX_DENOMINATOR)
+    return FrameMap(ratio, group, shift - Fraction(group - 1, 2) + Fraction(1, 2))
+
+
+def align_tokens(tokens: Tensor, lens: Tensor, frames: FrameMap, student_lens: Tensor, num_frames: int) -> Tensor:
+    """Targets of every student frame.
+
+    Args:
+        tokens: (N, T_teacher, C) int64 at the teacher's rate, IGNORE past its length. lens: (N,) valid teacher frames.
+        frames: the map of the two rates. student_lens: (N,) valid student frames. num_frames: T, student frames of the batch.
+    Returns:
+        (N, T, group * C) int64, frame order then codebook order; IGNORE beyond either length.
+    """
+    n, t_teacher, c = tokens.shape
+    if t_teacher == 0:
+        return tokens.new_full((n, num_frames, frames.group * c), IGNORE)
+    index = frames.indices(num_frames).to(tokens.device)  # (T, group)
+    found = tokens[:, index.clamp(0, t_teacher - 1).flatten()].reshape(n, num_frames, frames.group, c)
+    valid = (index >= 0) & (index < lens[:, None, None])  # (N, T, group)
+    valid = valid & (torch.arange(num_frames, device=tokens.device)[:, None] < student_lens[:, None, None])
+    return torch.where(valid[..., None], found, IGNORE).reshape(n, num_frames, frames.group * c)

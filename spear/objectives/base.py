@@ -1,0 +1,48 @@
+"""The contract of an objective: (StudentOutput, Batch) -> StepOutput."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from spear.models.base import Encoder
+from spear.models.student import Student
+from spear.registry import Registry
+from spear.types import Batch, StepOutput, StudentOutput, TokenSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig(Registry):
+    """Settings of an objective; the table of objectives."""
+
+    TABLE: ClassVar[dict[str, str]] = {"masked_prediction": "spear.objectives.masked_prediction:MaskedPredictionConfig"}
+
+    def labels(self, domain: str) -> list[str]:
+        """Names of the teachers whose tokens cuts of `domain` need.
+
+        Raises:
+            ConfigError: the objective does not know the domain.
+        """
+        raise NotImplementedError
+
+    def teachers(self) -> list[str]:
+        """Names of all teachers whose tokens the objective reads, sorted."""
+        raise NotImplementedError
+
+    def build(self, encoder: Encoder, specs: dict[str, TokenSpec]) -> Objective:
+        """Make the objective for an encoder and the token stores of every teacher it reads."""
+        raise NotImplementedError
+
+
+class Objective(nn.Module, abc.ABC):
+    """Turns what the student says into a loss; owns the prediction heads."""
+
+    @abc.abstractmethod
+    def forward(self, output: StudentOutput, batch: Batch) -> StepOutput:
+        """Loss as a sum over targets, the number of targets, and metrics (see StepOutput)."""
+
+    def after_step(self, step: int, student: Student) -> None:
+        """Called once after every optimiser step, e.g. to move an EMA teacher; does nothing by default."""

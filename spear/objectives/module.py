@@ -1,0 +1,37 @@
+"""Student and objective as the one module that a trainer optimises and DDP wraps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from spear.models.student import Student
+from spear.objectives.base import Objective
+from spear.types import Batch, StepOutput
+
+
+class PretrainModule(nn.Module):
+    """``forward(batch, generator)`` runs the student on masked log-mels and the objective on its output.
+
+    Args:
+        student: masks and encodes. objective: owns the heads.
+    """
+
+    def __init__(self, student: Student, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> StepOutput:
+        """Loss and metrics of one batch; `generator` draws the masks, None or eval mode means unmasked."""
+        output = self.student(batch.features, batch.feature_lens, generator)
+        result: StepOutput = self.objective(output, batch)
+        return result
+
+    def set_batch_count(self, count: float) -> None:
+        """Move the student's scheduled floats to an adjusted batch count (facts of Zipformer, section 12.1)."""
+        self.student.encoder.set_batch_count(count)
+
+    def after_step(self, step: int) -> None:
+        """Called once after every optimiser step."""
+        self.objective.after_step(step, self.student)

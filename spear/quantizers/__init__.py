@@ -1,0 +1,25 @@
+"""Quantizers: teacher frames to discrete codes and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spear.files import read_json, read_tensors
+from spear.quantizers.base import CONFIG, WEIGHTS, Quantizer, QuantizerConfig, load_folder
+from spear.quantizers.kmeans import KMeans
+from spear.quantizers.mvq import MVQ
+
+__all__ = ["KMeans", "MVQ", "Quantizer", "QuantizerConfig", "load_quantizer"]
+
+KINDS: dict[str, type[Quantizer]] = {"kmeans": KMeans, "mvq": MVQ}
+
+
+def load_quantizer(folder: str | Path) -> Quantizer:
+    """The quantizer saved in `folder`.
+
+    Raises:
+        ArtifactError: a file is missing, damaged, or does not fit the other.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    return load_folder(folder, KINDS, read_tensors(folder / WEIGHTS), config)

@@ -1,0 +1,113 @@
+"""A run: the recipe (what is trained), the corpora (on what) and its two folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spear.config import load_config
+from spear.data.corpora import CorporaConfig, CorpusConfig, ManifestsConfig
+from spear.data.mixing import MixingConfig
+from spear.data.sampler import SamplingConfig
+from spear.data.shards import ShardsConfig
+from spear.errors import ConfigError
+from spear.evaluation.config import EvaluationConfig
+from spear.export.config import ExportConfig
+from spear.models.base import StudentConfig
+from spear.models.masking import MaskConfig
+from spear.objectives.base import ObjectiveConfig
+from spear.quantizers.base import QuantizerConfig
+from spear.teachers.base import TeacherConfig
+from spear.teachers.extraction import FeaturesConfig, TokensConfig
+from spear.training.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What is trained. It names no corpus and no path."""
+
+    student: StudentConfig
+    """The network that learns."""
+    objective: ObjectiveConfig
+    """What it learns, and which teacher labels which domain."""
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Name -> frozen model."""
+    quantizers: dict[str, QuantizerConfig] = field(default_factory=dict)
+    """Teacher's name -> how its features become tokens."""
+    seed: int = 0
+    """Seed of everything random."""
+    manifests: ManifestsConfig = field(default_factory=ManifestsConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    masking: MaskConfig = field(default_factory=MaskConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for teacher in self.objective.teachers():
+            if teacher not in self.teachers:
+                raise ConfigError(f"`objective` reads teacher {teacher!r}, but `teachers` has {', '.join(sorted(self.teachers)) or 'none'}")
+        for teacher in self.teachers:
+            if teacher not in self.quantizers:
+                raise ConfigError(f"`quantizers.{teacher}` is missing: every teacher needs a quantizer")
+        for name in self.quantizers:
+            if name not in self.teachers:
+                raise ConfigError(f"`quantizers.{name}` has no teacher of that name; `teachers` has {', '.join(sorted(self.teachers)) or 'none'}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe on one set of corpora, with the folder of its data and the folder of its results."""
+
+    recipe: Recipe
+    corpora: list[CorpusConfig]
+    data: Path
+    exp: Path
+
+    def is_noise(self, domain: str) -> bool:
+        """Whether cuts of `domain` are only mixed into others: a noise domain that the objective does not know."""
+        if domain not in self.recipe.mixing.noise_domains:
+            return False
+        try:
+            return not self.recipe.objective.labels(domain)
+        except ConfigError:
+            return True
+
+    def teachers_of(self, domain: str) -> list[str]:
+        """Teachers that label the cuts of `domain`, sorted: those the objective reads there, or all (``tokens.pairs: all``); none for noise.
+
+        Raises:
+            ConfigError: the objective does not know the domain.
+        """
+        if self.is_noise(domain):
+            return []
+        needed = sorted(self.recipe.objective.labels(domain))
+        return sorted(self.recipe.teachers) if self.recipe.tokens.pairs == "all" and needed else needed
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with ``key=value`` overrides.
+
+    Raises:
+        ConfigError: one line with key path, rule and value.
+    """
+    return load_config(Recipe, path, overrides)
+
+
+def load_run(recipe: Path, corpora: Path, data: Path, exp: Path, overrides: Sequence[str] = ()) -> Run:
+    """Read everything a stage is given and check it against each other.
+
+    Raises:
+        ConfigError: a file is wrong, two corpora share a name, or a domain is unknown to the recipe.
+    """
+    loaded = load_recipe(recipe, overrides)
+    found = load_config(CorporaConfig, corpora).resolved(corpora.resolve().parent)
+    run = Run(loaded, list(found.corpora), data, exp)
+    for corpus in run.corpora:
+        run.teachers_of(corpus.domain)
+    return run

@@ -1,0 +1,137 @@
+"""A stage's folder: guarded by the fingerprints of its inputs, finished last and atomically."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spear.errors import ArtifactError
+from spear.files import make_folder, read_json, sha256_json, write_json
+
+logger = logging.getLogger(__name__)
+
+DONE, UNFINISHED = "artifact.json", "unfinished.json"
+
+
+@dataclass
+class Record:
+    """What a stage says about its folder: deterministic values only; times and memory are measured apart."""
+
+    counts: dict[str, Any] = field(default_factory=dict)
+    audio_s: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Artifact:
+    """One folder that one stage writes.
+
+    Args:
+        folder: where the files go. kind: the stage's word.
+        config: JSON value of every setting the content depends on.
+        inputs: name -> fingerprint of everything else it depends on.
+        version: raised when the format changes.
+    """
+
+    def __init__(self, folder: Path, *, kind: str, config: Any, inputs: dict[str, str], version: int = 1) -> None:
+        self.folder = folder
+        self.identity: dict[str, Any] = {"kind": kind, "version": version, "config": config, "inputs": inputs}
+        self.fingerprint = sha256_json(self.identity)
+
+    def is_done(self) -> bool:
+        """Whether the folder is finished with exactly these inputs.
+
+        Raises:
+            ArtifactError: the folder is finished, but from other inputs; the message names the first that differs.
+        """
+        path = self.folder / DONE
+        if not path.exists():
+            return False
+        self._check(read_json(path))
+        logger.info("%s: finished already, nothing to do (%s)", self.identity["kind"], self.folder)
+        return True
+
+    def _check(self, found: dict[str, Any]) -> None:
+        if found.get("fingerprint") == self.fingerprint:
+            return
+        changes = list(differences({key: found.get(key) for key in self.identity}, self.identity))
+        raise ArtifactError(
+            f"{self.folder} was made from other inputs: {'; '.join(changes[:3]) or 'its fingerprint differs'}"
+            f"{f' and {len(changes) - 3} more' if len(changes) > 3 else ''}; remove that folder or choose another one"
+        )
+
+    @contextmanager
+    def making(self) -> Iterator[Record]:
+        """Guard the folder while a stage fills it; on a clean exit, write ``artifact.json``.
+
+        A folder that another set of inputs left unfinished is refused; one with the same inputs is resumed.
+        """
+        make_folder(self.folder)
+        guard = self.folder / UNFINISHED
+        if guard.exists():
+            self._check(read_json(guard))
+            logger.info("%s: resuming %s", self.identity["kind"], self.folder)
+        else:
+            write_json(guard, {**self.identity, "fingerprint": self.fingerprint})
+        record, start = Record(), time.monotonic()
+        yield record
+        measured = {"wall_s": round(time.monotonic() - start, 3), "peak_memory_mb": round(peak_memory_mb(), 1)}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            measured["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            measured["gpu_hours"] = round(measured["wall_s"] / 3600, 4)
+        done = {
+            **self.identity,
+            "fingerprint": self.fingerprint,
+            "counts": record.counts,
+            "audio_s": round(record.audio_s, 3),
+            **({"extra": record.extra} if record.extra else {}),
+            "measured": measured,
+        }
+        write_json(self.folder / DONE, done)
+        guard.unlink(missing_ok=True)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process and of its finished children so far, in MiB."""
+    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(own, children) / 1024
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Yield ``key: was OLD, is NEW`` for every leaf that differs between two JSON values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    elif old != new:
+        yield f"`{path}` was {_short(old)}, is {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def read_artifact(folder: Path) -> dict[str, Any]:
+    """The record of a finished folder.
+
+    Raises:
+        ArtifactError: the folder is missing or unfinished; the message names the stage to run.
+    """
+    path = folder / DONE
+    if not path.exists():
+        state = "is unfinished" if folder.exists() else "does not exist"
+        raise ArtifactError(f"{folder} {state}: run the stage that makes it first")
+    found: dict[str, Any] = read_json(path)
+    return found
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Fingerprint of a finished folder (see `read_artifact`)."""
+    return str(read_artifact(folder)["fingerprint"])

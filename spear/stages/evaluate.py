@@ -1,0 +1,267 @@
+"""Stage 7, evaluate: encoder and labelled cuts -> scores and report."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lhotse import CutSet
+from torch import Tensor
+
+from spear.config import to_json
+from spear.data.audio import load_audio
+from spear.data.corpora import CorpusConfig
+from spear.errors import ArtifactError, ConfigError
+from spear.evaluation.collect import AudioCache, Plan
+from spear.evaluation.embedders import Embedder, Encoded, LogMel, TeacherFrames
+from spear.evaluation.examples import Labeller, choose_example, make_example, write_examples
+from spear.evaluation.facts import keep_data_facts
+from spear.evaluation.report import write_report
+from spear.evaluation.scoring import Model, score_models
+from spear.evaluation.tasks.base import SPLITS, Split, TaskConfig
+from spear.evaluation.tasks.frames import FramesConfig
+from spear.export import AudioEncoder, load_encoder
+from spear.files import seed_from, sha256, sha256_file, write_json
+from spear.models.base import StudentConfig
+from spear.models.masking import draw_masks
+from spear.quantizers import load_quantizer
+from spear.quantizers.base import Quantizer
+from spear.recipe import Run
+from spear.stages.artifact import Artifact, fingerprint_of
+from spear.teachers.base import Teacher, TeacherConfig, extract
+from spear.types import EncoderOutput
+
+logger = logging.getLogger(__name__)
+
+
+def run(run: Run) -> None:
+    """Score the exported student beside its teachers and the baselines; write ``EXP/evaluate``.
+
+    Raises:
+        ArtifactError: the export, a manifest or a quantizer is missing. ConfigError: a task names no corpus of the run.
+        DataError: a task finds no labels.
+    """
+    folder, recipe = run.exp / "evaluate", run.recipe
+    corpora = {name: corpora_of(name, config, run.corpora) for name, config in recipe.evaluation.tasks.items()}
+    artifact = Artifact(folder, kind="evaluate", config=identity(run), inputs=inputs_of(run, corpora))
+    if artifact.is_done():
+        return
+    logger.info("evaluate: %d tasks", len(corpora))
+    with artifact.making() as record:
+        evaluator = Evaluator(run)
+        load = AudioCache(load_audio)
+        plan = Plan.make(recipe.evaluation.build(recipe.seed, evaluator.device), read_cuts(run, corpora), recipe.evaluation.batch_s)
+        models = evaluator.models()
+        domains = {name: domain_of(found) for name, found in corpora.items()}
+        scores = score_models(models, plan, domains, load, folder)
+        write_json(folder / "scores.json", scores)
+        write_examples(folder, [evaluator.example(domain, cut, load) for domain, cut in example_cuts(run).items()])
+        keep_data_facts(run.data, folder)
+        cuts = [cut for split in SPLITS for batch in plan.batches[split] for cut in batch]
+        record.counts.update(tasks=len(corpora), models=len(models), cuts=len(cuts))
+        record.audio_s = sum(cut.duration for cut in cuts)
+        write_report([run.exp], folder / "report.html")
+    # once more, now that the cost of this stage is known too
+    write_report([run.exp], folder / "report.html")
+
+
+class Evaluator:
+    """Makes the models of a run, each when it is needed and once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def models(self) -> list[Model]:
+        """Baselines first, then teachers, then students: the order of the report."""
+        config = self.run.recipe.evaluation
+        found = [Model("logmel", LogMel)]
+        if config.context_frames:
+            found.append(Model(f"logmel_{config.context_frames}", functools.partial(LogMel, context=config.context_frames)))
+        for name in self.run.recipe.teachers:
+            found.append(Model(f"teacher_{name}", functools.partial(self.teacher_frames, name, rebuilt=False)))
+            if config.reconstruction:
+                found.append(Model(f"tokens_{name}", functools.partial(self.teacher_frames, name, rebuilt=True)))
+        if config.untrained:
+            found.append(Model("untrained", self.untrained))
+        found.append(Model("student", self.student))
+        return found
+
+    def teacher_frames(self, name: str, *, rebuilt: bool) -> Embedder:
+        """A teacher's frames, or those frames rebuilt from their tokens."""
+        teacher, take, quantizer = self.labeller(name)
+        return TeacherFrames(name, teacher, take, quantizer=quantizer if rebuilt else None)
+
+    @functools.cache  # noqa: B019 - lives as long as the stage
+    def labeller(self, name: str) -> Labeller:
+        """Teacher and quantizer by the teacher's name."""
+        teacher = self.run.recipe.teachers[name].build(self.run.data)
+        teacher.to(self.device)
+        quantizer = load_quantizer(self.run.data / "quantizers" / name)
+        return Labeller(teacher, _Remembering(teacher, self.device), _OnCpu(quantizer))
+
+    def student(self) -> Embedder:
+        """The exported student."""
+        return _encoded("student", load_encoder(self.run.exp / "export", self.device))
+
+    def untrained(self) -> Embedder:
+        """The student's network with seeded fresh weights."""
+        return _encoded("untrained", build_untrained(self.run.recipe.student, self.run.recipe.seed).to(self.device))
+
+    def example(self, domain: str, cut: Any, load: AudioCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """One example for the report, with the teachers that label its domain."""
+        recipe = self.run.recipe
+        generator = torch.Generator().manual_seed(seed_from(recipe.seed, "example", cut.id))
+
+        def draw_mask(frames: int) -> Tensor:
+            return draw_masks(recipe.masking, torch.tensor([frames]), frames, 128, generator)[0][0]
+
+        tier = next((config.tier for config in recipe.evaluation.tasks.values() if isinstance(config, FramesConfig)), "phone")
+        labellers = {name: self.labeller(name) for name in recipe.objective.labels(domain)}
+        return make_example(cut, domain, load, labellers, draw_mask, tier)
+
+
+class _OnCpu:
+    """A quantizer that is handed and returns CPU tensors."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self._quantizer = quantizer
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor) -> Tensor:
+        """See `QuantizerLike`."""
+        return self._quantizer.encode(frames).cpu()
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """See `QuantizerLike`."""
+        return self._quantizer.decode(codes).cpu()
+
+
+class _Remembering:
+    """A teacher's frames, the first `limit_bytes` of which are kept: its tokens are made of the same frames."""
+
+    def __init__(self, teacher: Teacher, device: str, limit_bytes: int = 512 * 2**20) -> None:
+        self._teacher, self._device, self._left = teacher, torch.device(device), limit_bytes
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, audios: list[Tensor]) -> list[Tensor]:
+        keys = [sha256(audio.numpy().tobytes()) for audio in audios]
+        missing = {key: audio for key, audio in zip(keys, audios) if key not in self._kept}
+        found = dict(zip(missing, extract(self._teacher, list(missing.values()), self._device))) if missing else {}
+        for key, frames in found.items():
+            size = frames.numel() * frames.element_size()
+            if size <= self._left:
+                self._left -= size
+                self._kept[key] = frames
+        return [self._kept[key] if key in self._kept else found[key] for key in keys]
+
+
+def _encoded(kind: Literal["student", "untrained"], encoder: AudioEncoder) -> Encoded:
+    device = next(encoder.parameters()).device
+
+    def forward(audio: Tensor, lens: Tensor) -> EncoderOutput:
+        output: EncoderOutput = encoder(audio.to(device), lens.to(device))
+        return output
+
+    return Encoded(
+        kind,
+        forward,
+        num_layers=encoder.num_layers,
+        frame_rate_hz=encoder.frame_rate_hz,
+        first_frame_s=encoder.first_frame_s,
+        sample_rate=encoder.sample_rate,
+    )
+
+
+def build_untrained(config: StudentConfig, seed: int) -> AudioEncoder:
+    """A fresh encoder in eval mode whose weights depend on `seed` only; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_from(seed, "untrained"))
+        return AudioEncoder(config.build(), config).eval()
+
+
+def corpora_of(name: str, config: TaskConfig, corpora: list[CorpusConfig]) -> list[CorpusConfig]:
+    """The corpora a task reads.
+
+    Raises:
+        ConfigError: it names a corpus that the run lacks, or no corpus has its domain.
+    """
+    known = {corpus.name for corpus in corpora}
+    for wanted in config.corpora:
+        if wanted not in known:
+            raise ConfigError(f"`evaluation.tasks.{name}.corpora` names {wanted!r}, but the run has {', '.join(sorted(known))}")
+    found = [corpus for corpus in corpora if corpus.name in (config.corpora or known) and config.domain in (None, corpus.domain)]
+    if not found:
+        raise ConfigError(f"`evaluation.tasks.{name}.domain` is {config.domain!r}, but no corpus of the task has that domain")
+    return found
+
+
+def domain_of(corpora: list[CorpusConfig]) -> str:
+    """The domain of corpora, several joined by "+"."""
+    return "+".join(sorted({corpus.domain for corpus in corpora}))
+
+
+def manifest(run: Run, corpus: CorpusConfig, split: Split) -> Path:
+    """Path of a corpus's cuts.
+
+    Raises:
+        ArtifactError: the file does not exist.
+    """
+    path = run.data / "manifests" / f"{corpus.name}_cuts_{split}.jsonl.gz"
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist: run `spear manifests` first, with a {split} split")
+    return path
+
+
+def read_cuts(run: Run, corpora: dict[str, list[CorpusConfig]]) -> dict[str, dict[Split, list[Any]]]:
+    """Cuts of every task and split; tasks on the same corpora share the objects."""
+    read: dict[tuple[str, Split], list[Any]] = {}
+    for found in corpora.values():
+        for corpus in found:
+            for split in SPLITS:
+                if (corpus.name, split) not in read:
+                    read[corpus.name, split] = list(CutSet.from_jsonl_lazy(manifest(run, corpus, split)))
+    return {task: {split: [cut for corpus in found for cut in read[corpus.name, split]] for split in SPLITS} for task, found in corpora.items()}
+
+
+def example_cuts(run: Run) -> dict[str, Any]:
+    """One valid cut of the first corpus of each domain that teachers label or that a task reads."""
+    chosen: dict[str, Any] = {}
+    judged = {config.domain for config in run.recipe.evaluation.tasks.values()}
+    for corpus in run.corpora:
+        if corpus.domain not in judged and not run.recipe.objective.labels(corpus.domain):
+            continue
+        path = run.data / "manifests" / f"{corpus.name}_cuts_valid.jsonl.gz"
+        if corpus.domain not in chosen and path.exists():
+            cuts = [cut for cut, _ in zip(CutSet.from_jsonl_lazy(path), range(1000))]
+            if cuts:
+                chosen[corpus.domain] = choose_example(cuts)
+    return chosen
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """The settings that scores depend on."""
+    recipe = run.recipe
+    return {
+        "evaluation": to_json(recipe.evaluation),
+        "seed": recipe.seed,
+        "student": to_json(recipe.student, StudentConfig),
+        "masking": to_json(recipe.masking),
+        "teachers": {name: to_json(config, TeacherConfig) for name, config in recipe.teachers.items()},
+        "domains": {corpus.name: corpus.domain for corpus in run.corpora},
+    }
+
+
+def inputs_of(run: Run, corpora: dict[str, list[CorpusConfig]]) -> dict[str, str]:
+    """Fingerprints of the export, of every manifest a task reads, and of the quantizers, which vouch for their teachers."""
+    inputs = {"export": fingerprint_of(run.exp / "export")}
+    for corpus in {corpus.name: corpus for found in corpora.values() for corpus in found}.values():
+        for split in SPLITS:
+            inputs[f"manifests/{corpus.name}/{split}"] = sha256_file(manifest(run, corpus, split))
+    for name in run.recipe.teachers:
+        inputs[f"quantizers/{name}"] = fingerprint_of(run.data / "quantizers" / name)
+    return inputs

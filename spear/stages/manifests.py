@@ -1,0 +1,194 @@
+"""Stage 0, ``manifests``: audio of every corpus -> checked 16 kHz mono cuts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lhotse import CutSet
+from lhotse.cut import MonoCut
+
+from spear.config import to_json
+from spear.data.corpora import SPLITS, CorpusConfig, ManifestsConfig, SourceConfig, SourceItem
+from spear.data.prepare import Prepared, prepare
+from spear.errors import DataError
+from spear.files import read_json, seed_from, write_atomic, write_json, write_text
+from spear.progress import Meter
+from spear.stages.artifact import Artifact
+
+if TYPE_CHECKING:
+    from spear.recipe import Run
+
+logger = logging.getLogger(__name__)
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+THREADS = 4
+WAITING = 64  # cuts in flight, so that a corpus of any size needs the same memory
+
+
+def manifest_path(data: Path, corpus: str, split: str) -> Path:
+    """Where the cuts of a corpus's split lie."""
+    return data / "manifests" / f"{corpus}_cuts_{split}.jsonl.gz"
+
+
+def run(run: Run) -> None:
+    """Write ``DATA/manifests``.
+
+    Raises:
+        ConfigError: the recipe does not know the domain of a corpus.
+        DataError: too many cuts fail, an id is there twice, or a split ends up empty; the message names the first file.
+    """
+    config = run.recipe.manifests
+    for corpus in run.corpora:
+        run.teachers_of(corpus.domain)
+        corpus.limits_s(config)
+    folder = run.data / "manifests"
+    artifact = Artifact(folder, kind="manifests", config=_identity(run.corpora, config), inputs={c.name: c.source.fingerprint() for c in run.corpora})
+    if artifact.is_done():
+        return
+    with artifact.making() as record:
+        failures: list[dict[str, str]] = []
+        for corpus in run.corpora:
+            record.counts[corpus.name] = {}
+            taken: set[int] = set()
+            for split in corpus.source.splits():
+                report = _make_split(run.data, corpus, split, config, taken)
+                failures += report.pop("failures")
+                record.audio_s += report.pop("audio_s")
+                record.counts[corpus.name][split] = report
+                logger.info("manifests: %s %s: %s", corpus.name, split, _summary(report))
+        write_text(folder / "failures.jsonl", _lines(failures))
+
+
+def _identity(corpora: list[CorpusConfig], config: ManifestsConfig) -> dict[str, Any]:
+    """Everything but the weights, which later stages read from the corpora file."""
+    keys = ("domain", "min_duration_s", "max_duration_s")
+    named = {c.name: {**{key: getattr(c, key) for key in keys}, "source": to_json(c.source, SourceConfig)} for c in corpora}
+    return {"corpora": named, "manifests": to_json(config)}
+
+
+def _make_split(data: Path, corpus: CorpusConfig, split: str, config: ManifestsConfig, taken: set[int]) -> dict[str, Any]:
+    """Write one split's manifest and report; a split with a report is finished and only gives its ids."""
+    path = manifest_path(data, corpus.name, split)
+    report_path = data / "manifests" / f"{corpus.name}_report_{split}.json"
+    if report_path.exists() and path.exists():
+        taken.update(seed_from(cut.id) for cut in CutSet.from_jsonl_lazy(path))
+        found: dict[str, Any] = read_json(report_path)
+        return found
+    tally = _Tally()
+    write_atomic(path, lambda temporary: _write_cuts(temporary, _checked(corpus, split, config, taken, tally)))
+    report = tally.report()
+    failed = len(tally.failures)
+    share = failed / max(failed + tally.cuts, 1)
+    if share > config.max_failed_share:
+        write_text(data / "manifests" / "failures.jsonl", _lines(tally.failures))
+        path.unlink()
+        first = tally.failures[0]
+        raise DataError(
+            f"corpus {corpus.name}, split {split}: {failed} of {failed + tally.cuts} cuts failed, a share of {share:.3g}, but `max_failed_share` is "
+            f"{config.max_failed_share:g}; first: {first['path']}: {first['cause']} (all in {data / 'manifests' / 'failures.jsonl'})",
+            cause=first["cause"],
+        )
+    if tally.cuts == 0:
+        path.unlink()
+        raise DataError(f"corpus {corpus.name}, split {split}: no cut is left ({_summary(report)})", cause="empty")
+    if tally.silent:
+        share = 100 * tally.silent / tally.cuts
+        logger.warning("corpus %s, split %s: %d of %d cuts are silent (%.1f %%)", corpus.name, split, tally.silent, tally.cuts, share)
+    write_json(report_path, report)
+    return report
+
+
+def _checked(corpus: CorpusConfig, split: str, config: ManifestsConfig, taken: set[int], tally: _Tally) -> Iterator[MonoCut]:
+    """Prepared cuts of a split in the source's order, counted in `tally`; refuses an id that is in `taken` already."""
+
+    def work(item: SourceItem) -> Prepared:
+        return prepare(item, corpus, config)
+
+    with Meter(f"manifests: {corpus.name} {split}", None, unit="cuts") as meter:
+        for prepared in ordered_map(work, corpus.source.files(split)):
+            tally.add(prepared)
+            for cut in prepared.cuts:
+                key = seed_from(cut.id)
+                if key in taken:
+                    raise DataError(_twice(corpus, cut.id), cause="duplicate_id")
+                taken.add(key)
+                meter.advance(1, audio_s=cut.duration)
+                yield cut
+
+
+class _Tally:
+    """Counts of one split."""
+
+    def __init__(self) -> None:
+        self.cuts, self.silent, self.audio_s = 0, 0, 0.0
+        self.skipped: Counter[str] = Counter()
+        self.failures: list[dict[str, str]] = []
+
+    def add(self, prepared: Prepared) -> None:
+        """Count what became of one item."""
+        self.cuts += len(prepared.cuts)
+        self.silent += prepared.silent
+        self.audio_s += sum(cut.duration for cut in prepared.cuts)
+        self.skipped += prepared.skipped
+        self.failures += prepared.failures
+
+    def report(self) -> dict[str, Any]:
+        """JSON of the counts."""
+        causes = Counter(failure["cause"] for failure in self.failures)
+        return {
+            "cuts": self.cuts,
+            "hours": round(self.audio_s / 3600, 6),
+            "audio_s": round(self.audio_s, 6),
+            "silent": self.silent,
+            "skipped": dict(sorted(self.skipped.items())),
+            "failed": dict(sorted(causes.items())),
+            "failures": self.failures,
+        }
+
+
+def ordered_map(work: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
+    """Map over a few threads, results in order, at most WAITING items in flight."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: deque[Future[Made]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= WAITING:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _twice(corpus: CorpusConfig, cut_id: str) -> str:
+    """One line that names the places of an id that is there twice."""
+    places = []
+    for split in SPLITS:
+        if split in corpus.source.splits():
+            places += [f"{item.origin} ({split})" for item in corpus.source.files(split) if cut_id == item.id or cut_id.startswith(f"{item.id}-w")]
+    return f"corpus {corpus.name}: cut id {cut_id!r} must be unique, but is there {len(places)} times: {' and '.join(places[:2])}"
+
+
+def _write_cuts(path: Path, cuts: Iterable[MonoCut]) -> None:
+    with path.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as file:
+        for cut in cuts:
+            file.write((json.dumps(cut.to_dict(), ensure_ascii=False) + "\n").encode())
+
+
+def _lines(failures: list[dict[str, str]]) -> str:
+    return "".join(json.dumps(failure, ensure_ascii=False, sort_keys=True) + "\n" for failure in failures)
+
+
+def _summary(report: dict[str, Any]) -> str:
+    parts = [f"{report['cuts']} cuts", f"{report['hours']:.2f} h"]
+    parts += [f"{number} {reason}" for group in ("skipped", "failed") for reason, number in report[group].items()]
+    return ", ".join(parts)

@@ -1,0 +1,84 @@
+"""Stage 5, ``pretrain``: shards -> checkpoints of a student, with `metrics.jsonl` and TensorBoard files."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spear.config import to_json
+from spear.data.source import TrainSource, ValidSource, make_sources
+from spear.files import seed_from
+from spear.models.student import Student
+from spear.objectives import PretrainModule
+from spear.stages.artifact import Artifact, Record, fingerprint_of
+from spear.training import Trainer, TrainingResult, World, process_group
+
+if TYPE_CHECKING:
+    from spear.recipe import Run
+
+SETTINGS = ("seed", "student", "masking", "mixing", "sampling", "objective", "training")
+"""Keys of the recipe that pre-training depends on; everything before it comes through the shards' fingerprints."""
+
+
+def run(run: Run) -> None:
+    """Train the recipe's student on the shards of all corpora, into ``EXP``.
+
+    Started by ``torchrun``, every process calls this; the first one writes.
+
+    Raises:
+        ArtifactError: shards are missing or unfinished, or EXP holds another run.
+        StopRequested: a signal came and everything is saved.
+    """
+    with process_group(run.recipe.training.device) as world:
+        artifact = Artifact(run.exp, kind="pretrain", config=_config(run), inputs=_inputs(run))
+        if artifact.is_done():
+            return
+        with artifact.making() if world.is_main else nullcontext(Record()) as record:
+            trainer, train, valid = make_trainer(run, artifact.fingerprint, world)
+            _describe(record, trainer.run(), train, valid)
+
+
+def make_trainer(run: Run, fingerprint: str, world: World) -> tuple[Trainer, TrainSource, ValidSource | None]:
+    """Wire shards, student, objective and trainer of a run.
+
+    Args:
+        run: recipe, corpora and folders. fingerprint: guards the checkpoints. world: this process among those of the run.
+    """
+    recipe = run.recipe
+    torch.manual_seed(seed_from(recipe.seed, "student"))
+    encoder = recipe.student.build()
+    train, valid = make_sources(
+        run.data / "shards",
+        {corpus.name: corpus.weight for corpus in run.corpora},
+        sampling=recipe.sampling,
+        mixing=recipe.mixing,
+        seed=seed_from(recipe.seed, "batches"),
+        teachers=recipe.objective.teachers(),
+        only_noise=[corpus.name for corpus in run.corpora if run.is_noise(corpus.domain)],
+        num_mel_bins=encoder.num_mel_bins,
+    )
+    module = PretrainModule(Student(encoder, recipe.masking), recipe.objective.build(encoder, train.builder.specs))
+    seed = seed_from(recipe.seed, "training")
+    return Trainer(recipe.training, module, train, valid, run.exp, seed, fingerprint, world=world, description=_config(run)), train, valid
+
+
+def _config(run: Run) -> dict[str, Any]:
+    settings = to_json(run.recipe)
+    return {**{key: settings[key] for key in SETTINGS}, "corpora": {corpus.name: corpus.weight for corpus in run.corpora}}
+
+
+def _inputs(run: Run) -> dict[str, str]:
+    return {f"shards/{corpus.name}": fingerprint_of(run.data / "shards" / corpus.name) for corpus in run.corpora}
+
+
+def _describe(record: Record, result: TrainingResult, train: TrainSource, valid: ValidSource | None) -> None:
+    record.audio_s = result.hours * 3600
+    record.counts = {
+        "steps": result.steps,
+        "batches_per_epoch": train.batches_per_epoch,
+        "train_cuts": sum(map(len, train.readers)),
+        "valid_cuts": sum(map(len, valid.readers)) if valid is not None else 0,
+    }
+    record.extra = {"checkpoint": result.checkpoint.name, "valid": result.valid}

@@ -1,0 +1,122 @@
+"""The shape legend and the records that components hand to each other.
+
+N batch items, S samples, T frames (say the rate), F mel bins, D width, C codebooks,
+K entries of a codebook, L layers. ``lens`` are int64 (N,). ``padding_mask`` is True at padding;
+``mask`` is True where the student must predict what it cannot see. Units are in the names:
+``_s`` seconds, ``_hz``, ``_samples``, ``_frames``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+IGNORE = -100
+"""Target value that carries no loss: padding, and teachers a cut's domain does not use. Never a failure."""
+
+LOG_EPSILON = -23.025850929940457
+"""ln(1e-10), the value that pads log-mel batches (facts of the released models)."""
+
+
+class TeacherOutput(NamedTuple):
+    """Frozen features of one layer of one teacher.
+
+    features: (N, T, D) float32 at the teacher's rate; lens: (N,) int64 valid frames.
+    """
+
+    features: Tensor
+    lens: Tensor
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder hears.
+
+    features: (N, T, D) at the encoder's rate; lens: (N,) int64 valid frames;
+    hidden_states: one (N, T_l, D_l) per layer, first layer first.
+    """
+
+    features: Tensor
+    lens: Tensor
+    hidden_states: tuple[Tensor, ...]
+
+
+class StudentOutput(NamedTuple):
+    """What the student makes of a masked input.
+
+    features, lens, hidden_states: as in EncoderOutput. masked_share: (N, T) float in [0, 1], the share of
+    the input frames under each student frame that was masked; all zeros where nothing was masked.
+    """
+
+    features: Tensor
+    lens: Tensor
+    hidden_states: tuple[Tensor, ...]
+    masked_share: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpec:
+    """Everything a token store promises about its codes."""
+
+    num_codebooks: int
+    """C, parallel codes per frame."""
+    codebook_size: int
+    """K, entries per codebook; codes are 0..K-1."""
+    frame_rate_hz: float
+    """Token frames per second."""
+    first_frame_s: float
+    """Time of the first frame's centre in seconds."""
+    teacher_fingerprint: str = ""
+    quantizer_fingerprint: str = ""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One batch of cuts, ready for a student.
+
+    features: (N, T, F) float32 log-mels at 100 Hz padded with LOG_EPSILON; feature_lens: (N,) int64.
+    tokens[teacher]: (N, T_teacher, C) int64 at that teacher's rate, IGNORE past its length and for cuts whose domain does
+    not use that teacher; token_lens[teacher]: (N,) int64. ids, domains: one per item.
+    """
+
+    ids: list[str]
+    domains: list[str]
+    features: Tensor
+    feature_lens: Tensor
+    seconds: float
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    token_lens: dict[str, Tensor] = field(default_factory=dict)
+    audio: Tensor | None = None
+    audio_lens: Tensor | None = None
+
+    def to(self, device: object) -> Batch:
+        """Copy to `device`; ids, domains and seconds are shared."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)  # type: ignore[call-overload, no-any-return]
+
+        return Batch(
+            ids=self.ids,
+            domains=self.domains,
+            features=move(self.features),
+            feature_lens=move(self.feature_lens),
+            seconds=self.seconds,
+            tokens={k: move(v) for k, v in self.tokens.items()},
+            token_lens={k: move(v) for k, v in self.token_lens.items()},
+            audio=None if self.audio is None else move(self.audio),
+            audio_lens=None if self.audio_lens is None else move(self.audio_lens),
+        )
+
+
+class StepOutput(NamedTuple):
+    """Result of an objective on one batch.
+
+    loss: scalar, the SUM over this batch's targets (the trainer divides by the targets of all ranks).
+    count: scalar, number of valid targets in that sum. metrics: name -> (2,) tensor [sum, count]; names are
+    ``<quantity>/<teacher>/<domain>`` or a single word, e.g. ``loss/speech/audio``, ``accuracy/speech/speech``, ``masked_share``.
+    """
+
+    loss: Tensor
+    count: Tensor
+    metrics: dict[str, Tensor]

@@ -1,0 +1,131 @@
+"""Features of audio files: what is in the files, what they are called, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from spear.commands.encode import encode_files, output_names
+from spear.errors import CheckpointError, ConfigError, DataError
+from spear.export import save_encoder
+from tests.export.tiny import tiny_encoder, tone
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    encoder = tiny_encoder()
+    save_encoder(folder, encoder.encoder, encoder.student, {})
+    return folder
+
+
+def write(path: Path, samples: int = 6000, rate: int = 16000, channels: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.stack([tone(samples).numpy()] * channels, axis=1), rate, subtype="FLOAT" if path.suffix == ".wav" else None)
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as content:
+        return {key: content[key] for key in content.files}
+
+
+def test_encode_writes_what_the_encoder_gives(export: Path, tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.wav"), write(tmp_path / "b.wav", 160, channels=2)]
+    targets = encode_files(export, files, tmp_path / "out")
+    assert targets == [tmp_path / "out" / "a.npz", tmp_path / "out" / "b.npz"]
+    for target, samples in zip(targets, (6000, 160)):
+        found = read(target)
+        with torch.no_grad():
+            expected = tiny_encoder()(tone(samples)).features[0]
+        np.testing.assert_allclose(found["features"], expected.numpy(), atol=1e-5)
+        assert found["features"].dtype == np.float32
+        assert float(found["frame_rate_hz"]) == 50.0
+        assert float(found["first_frame_s"]) == pytest.approx(0.045)
+
+
+def test_encode_writes_one_layer_or_all(export: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.wav")
+    with torch.no_grad():
+        states = tiny_encoder()(tone(6000)).hidden_states
+    for layer in (0, 1):
+        (target,) = encode_files(export, [file], tmp_path / str(layer), layer)
+        np.testing.assert_allclose(read(target)["features"], states[layer][0].numpy(), atol=1e-5)
+    even = tiny_encoder(encoder_dim=32)
+    save_encoder(tmp_path / "even", even.encoder, even.student, {})
+    (target,) = encode_files(tmp_path / "even", [file], tmp_path / "all", "all")
+    with torch.no_grad():
+        expected = torch.stack([state[0] for state in even(tone(6000)).hidden_states])
+    assert expected.shape[0] == 2
+    np.testing.assert_allclose(read(target)["features"], expected.numpy(), atol=1e-5)
+
+
+def test_encode_gives_the_same_bytes_again(export: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.flac", 12000, 8000)
+    (first,) = encode_files(export, [file], tmp_path / "out")
+    before = first.read_bytes()
+    (second,) = encode_files(export, [file], tmp_path / "out")
+    assert second == first
+    assert second.read_bytes() == before
+    # 1.5 s at 8 kHz are 150 log-mel frames
+    assert read(first)["features"].shape == ((150 - 7) // 2, 48)
+
+
+def test_encode_never_writes_two_audios_to_one_name(export: Path, tmp_path: Path) -> None:
+    files = [write(tmp_path / "one" / "x.wav"), write(tmp_path / "two" / "x.wav", 3000), write(tmp_path / "one" / "x.flac", 4000)]
+    targets = encode_files(export, [*files, files[0]], tmp_path / "out")
+    assert len(set(targets)) == 3
+    assert [str(read(target)["source"]) for target in targets] == [str(file) for file in files]
+    assert [len(read(target)["features"]) for target in targets] == [((samples + 80) // 160 - 7) // 2 for samples in (6000, 3000, 4000)]
+
+
+def test_encode_keeps_the_features_of_an_earlier_call(export: Path, tmp_path: Path) -> None:
+    first, second = write(tmp_path / "one" / "x.wav"), write(tmp_path / "two" / "x.wav", 3000)
+    (before,) = encode_files(export, [first], tmp_path / "out")
+    (after,) = encode_files(export, [second], tmp_path / "out")
+    assert before.name == "x.npz"
+    assert after != before
+    assert str(read(before)["source"]) == str(first)
+    assert encode_files(export, [second], tmp_path / "out") == [after]
+
+
+def test_output_names_differ_even_where_a_name_looks_like_a_hash(tmp_path: Path) -> None:
+    files = [Path("a/x.wav"), Path("b/x.wav")]
+    hashed = output_names(files, tmp_path)[files[0]].stem
+    tricky = [*files, Path(f"{hashed}.wav")]
+    assert len(set(output_names(tricky, tmp_path).values())) == 3
+
+
+@pytest.mark.parametrize("layer", [2, -1])
+def test_encode_raises_config_error_when_layer_is_out_of_range(export: Path, tmp_path: Path, layer: int) -> None:
+    with pytest.raises(ConfigError, match=f"`layer` must be between 0 and 1, but is {layer}"):
+        encode_files(export, [write(tmp_path / "a.wav")], tmp_path / "out", layer)
+
+
+def test_encode_raises_config_error_when_layers_cannot_be_stacked(export: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"different widths \(32, 48\)"):
+        encode_files(export, [write(tmp_path / "a.wav")], tmp_path / "out", "all")
+    with pytest.raises(ConfigError, match="`layer` must be a number, all or last, but is 'first'"):
+        encode_files(export, [write(tmp_path / "a.wav")], tmp_path / "out", "first")  # type: ignore[arg-type]
+
+
+def test_encode_raises_data_error_when_a_file_is_missing_and_writes_nothing(export: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"b\.wav is not a file"):
+        encode_files(export, [write(tmp_path / "a.wav"), tmp_path / "b.wav"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_encode_raises_data_error_when_a_file_is_no_audio(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.wav").write_text("no audio")
+    with pytest.raises(DataError, match=r"b\.wav cannot be decoded"):
+        encode_files(export, [tmp_path / "b.wav"], tmp_path / "out")
+
+
+def test_encode_raises_checkpoint_error_when_export_is_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="missing does not exist"):
+        encode_files(tmp_path / "missing", [write(tmp_path / "a.wav")], tmp_path / "out")

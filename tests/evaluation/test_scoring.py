@@ -1,0 +1,139 @@
+"""One pass per model over shared batches, and scores that go on where they stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spear.errors import DataError
+from spear.evaluation.collect import AudioCache, Plan, batches_of
+from spear.evaluation.config import EvaluationConfig
+from spear.evaluation.embedders import Audio, Embedder, Layers
+from spear.evaluation.scoring import Model, ordered, score_models
+from spear.evaluation.tasks.base import Split
+from spear.evaluation.tasks.frames import FramesConfig
+from spear.evaluation.tasks.utterances import UtterancesConfig
+from spear.evaluation.tasks.verification import VerificationConfig
+from spear.files import read_json, write_json
+from tests.evaluation.cuts import make_cut
+
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+CONFIG = EvaluationConfig(
+    tasks={"phones": FramesConfig(), "events": UtterancesConfig(), "speakers": VerificationConfig(num_trials=50)},
+    seeds=[0, 1],
+    learning_rates=[0.03],
+    weight_decays=[0.0],
+    steps=60,
+    resamples=20,
+)
+RATE = 50
+
+
+def load(cut: Any, sample_rate: int) -> Audio:
+    """One sample per 10 ms: the phone in the first and second half, plus what the speaker and the event add."""
+    digits = [ord(cut.supervisions[0].speaker[-1]), int(cut.supervisions[0].custom["label"][-1])]
+    rng = np.random.default_rng(sum(cut.id.encode()))
+    phones = np.repeat([0.0, 1.0], int(cut.duration * RATE) // 2)
+    return np.stack([phones, phones * 0 + digits[0], phones * 0 + digits[1]], axis=1).astype(np.float32) + rng.normal(
+        0, 0.05, (len(phones), 3)
+    ).astype(np.float32)
+
+
+class Fake(Embedder):
+    """Hands the samples on as frames and counts its calls."""
+
+    kind = "student"
+    frame_rate_hz, first_frame_s = float(RATE), 0.5 / RATE
+
+    def __init__(self, name: str) -> None:
+        self.name = self.label = name
+        self.layer_names = ["layer"]
+        self.batches: list[int] = []
+
+    def embed_batch(self, audios: Sequence[Audio]) -> list[Layers]:
+        self.batches.append(len(audios))
+        return [[audio @ np.eye(3, dtype=np.float32)] for audio in audios]
+
+
+def make_plan() -> Plan:
+    cuts = {
+        split: [
+            make_cut(f"{split}-{i}", speaker=f"{split}{'abcdef'[i % 6]}", label=f"e{i // 6 % 2}", tiers={"phone": [("x", 0.0, 0.5), ("y", 0.5, 0.5)]})
+            for i in range(24)
+        ]
+        for split in SPLITS
+    }
+    tasks = CONFIG.build(0)
+    return Plan.make(tasks, dict.fromkeys(tasks, cuts), batch_s=10.0)
+
+
+DOMAINS = {"phones": "speech", "events": "audio", "speakers": "speech"}
+
+
+def test_score_models_scores_every_pair(tmp_path: Path) -> None:
+    plan, model = make_plan(), Fake("student")
+    scores = score_models([Model("student", lambda: model)], plan, DOMAINS, load, tmp_path)
+    assert list(scores) == ["phones", "events", "speakers"]
+    assert scores["phones"]["student"]["value"] == 1.0
+    assert scores["events"]["student"]["value"] == 1.0
+    assert scores["speakers"]["student"]["value"] < 0.3
+    assert scores["speakers"]["student"]["domain"] == "speech"
+    # 3 splits of 24 cuts of one second, ten to a batch
+    assert model.batches == [10, 10, 4] * 3
+
+
+def test_score_models_resumes_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    models = [Model(name, lambda name=name: Fake(name)) for name in ("logmel", "student")]
+    expected = score_models(models, make_plan(), DOMAINS, load, whole)
+    score_models(models, make_plan(), DOMAINS, load, parts)
+    (parts / "partial" / "student" / "events.json").unlink()
+    again = Fake("student")
+
+    def refuse() -> Embedder:
+        raise AssertionError("a finished model is embedded again")
+
+    found = score_models([Model("logmel", refuse), Model("student", lambda: again)], make_plan(), DOMAINS, load, parts)
+    assert found == expected
+    for path in sorted((whole / "partial").rglob("*.json")):
+        assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
+
+
+def test_ordered_restores_the_order_that_sorted_json_loses(tmp_path: Path) -> None:
+    scores = score_models([Model(name, lambda name=name: Fake(name)) for name in ("student", "logmel")], make_plan(), DOMAINS, load, tmp_path)
+    write_json(tmp_path / "scores.json", scores)
+    found = ordered(read_json(tmp_path / "scores.json"))
+    assert list(found) == ["phones", "events", "speakers"]
+    assert list(found["events"]) == ["student", "logmel"]
+
+
+def test_plan_raises_data_error_when_two_cuts_share_an_id() -> None:
+    cuts = {split: [make_cut("same", label="a"), make_cut("same", label="b")] for split in SPLITS}
+    with pytest.raises(DataError, match="two cuts of the train split share the id 'same'"):
+        Plan.make({"events": UtterancesConfig().build("events", CONFIG.settings(0))}, {"events": cuts}, batch_s=10.0)
+
+
+def test_batches_of_stay_within_the_limit_and_ignore_order() -> None:
+    cuts = [make_cut(f"c{i}", duration=1 + i % 5) for i in range(40)]
+    batches = batches_of(cuts, 12.0)
+    assert sorted(cut.id for batch in batches for cut in batch) == sorted(cut.id for cut in cuts)
+    assert all(len(batch) == 1 or max(cut.duration for cut in batch) * len(batch) <= 12 for batch in batches)
+    assert [[cut.id for cut in batch] for batch in batches] == [[cut.id for cut in batch] for batch in batches_of(cuts[::-1], 12.0)]
+
+
+def test_audio_cache_keeps_what_fits() -> None:
+    calls: list[str] = []
+
+    def count(cut: Any, sample_rate: int) -> Audio:
+        calls.append(cut.id)
+        return np.zeros(sample_rate, np.float32)
+
+    cache = AudioCache(count, limit_s=1.5)
+    for _ in range(2):
+        for name in ("a", "b"):
+            cache(make_cut(name), 16000)
+    assert calls == ["a", "b", "b"]

@@ -1,0 +1,201 @@
+"""Masked prediction: which frames count, how much, for which teacher and domain."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spear.errors import ConfigError
+from spear.models.base import Encoder
+from spear.models.masking import MaskConfig
+from spear.models.student import Student
+from spear.objectives import PretrainModule
+from spear.objectives.masked_prediction import MaskedPrediction, MaskedPredictionConfig
+from spear.types import IGNORE, Batch, EncoderOutput, StudentOutput, TokenSpec
+
+SPECS = {
+    "speech": TokenSpec(num_codebooks=3, codebook_size=8, frame_rate_hz=50.0, first_frame_s=0.0125),
+    "audio": TokenSpec(num_codebooks=2, codebook_size=8, frame_rate_hz=25.0, first_frame_s=0.02),
+}
+
+
+class Halve(Encoder):
+    """Two log-mel frames to one output frame, by a linear layer."""
+
+    num_mel_bins, sample_rate, frame_rate_hz, first_frame_s = 4, 16000, 50.0, 0.01
+    dim, num_layers, layer_dims, min_fbank_frames = 6, 1, [6], 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask_emb = nn.Parameter(torch.randn(4))
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, features: Tensor, lens: Tensor) -> EncoderOutput:
+        even = features[:, : features.shape[1] // 2 * 2]
+        out = self.linear(even.reshape(len(even), -1, 8))
+        return EncoderOutput(out, lens // 2, (out,))
+
+
+def output(n: int = 2, t: int = 10, masked: float = 0.0, lens: list[int] | None = None) -> StudentOutput:
+    features = torch.randn(n, t, 6, generator=torch.Generator().manual_seed(1))
+    return StudentOutput(features, torch.tensor(lens or [t] * n), (features,), torch.full((n, t), masked))
+
+
+def batch(domains: list[str], t: int = 10) -> Batch:
+    n, g = len(domains), torch.Generator().manual_seed(2)
+    lens = torch.full((n,), t)
+    return Batch(
+        ids=[f"cut{i}" for i in range(n)],
+        domains=domains,
+        features=torch.randn(n, 2 * t, 4, generator=g),
+        feature_lens=2 * lens,
+        seconds=n * t / 50,
+        tokens={
+            "speech": torch.randint(8, (n, t, 3), generator=g),
+            "audio": torch.randint(8, (n, t // 2, 2), generator=g),
+        },
+        token_lens={"speech": lens, "audio": lens // 2},
+    )
+
+
+def objective(**settings: object) -> MaskedPrediction:
+    torch.manual_seed(0)
+    return MaskedPredictionConfig(**settings).build(Halve(), SPECS)  # type: ignore[arg-type]
+
+
+def test_loss_is_the_weighted_sum_of_cross_entropies() -> None:
+    module, data, out = objective(), batch(["speech", "audio"]), output()
+    step = module(out, data)
+    speech = nn.functional.cross_entropy(module.heads["speech"](out.features).flatten(0, 2), data.tokens["speech"].flatten(), reduction="sum") / 3
+    repeated = data.tokens["audio"][1].repeat_interleave(2, dim=0)
+    audio = nn.functional.cross_entropy(module.heads["audio"](out.features[1:])[0].flatten(0, 1), repeated.flatten(), reduction="sum") / 2
+    torch.testing.assert_close(step.loss, speech + 0.1 * audio)
+    assert step.count == 20
+    torch.testing.assert_close(step.metrics["loss/audio/audio"], torch.tensor([audio.item(), 10.0]))
+    assert step.metrics["loss/speech/speech"][1] == 10
+
+
+@pytest.mark.parametrize(
+    ("weights", "labels"),
+    [
+        ({"speech": {"speech": 1.0}, "audio": {"audio": 1.0}}, {"speech": ["speech"], "audio": ["audio"]}),
+        ({"speech": {"speech": 1.0, "audio": 0.5}, "audio": {"speech": 1.0, "audio": 0.5}}, {"speech": ["audio", "speech"], "audio": ["audio", "speech"]}),
+        ({"speech": {"speech": 1.0, "audio": 0.0}, "audio": {"speech": 1.0, "audio": 0.1}}, {"speech": ["speech"], "audio": ["audio", "speech"]}),
+    ],
+    ids=["disjoint", "joint", "asymmetric"],
+)
+def test_weights_are_the_strategies(weights: dict[str, dict[str, float]], labels: dict[str, list[str]]) -> None:
+    config = MaskedPredictionConfig(weights=weights)
+    assert {domain: config.labels(domain) for domain in weights} == labels
+    module = objective(weights=weights)
+    step = module(output(), batch(["speech", "audio"]))
+    seen = {name for name in step.metrics if name.startswith("loss/")}
+    assert seen == {f"loss/{teacher}/{domain}" for domain, teachers in labels.items() for teacher in teachers}
+
+
+def test_batch_of_one_domain_gives_the_other_head_a_zero_gradient() -> None:
+    module = objective()
+    module(output(), batch(["speech", "speech"])).loss.backward()
+    grads = [p.grad for p in module.heads["audio"].parameters()]
+    assert all(grad is not None and not grad.any() for grad in grads)
+    assert all(p.grad.any() for p in module.heads["speech"].parameters())
+
+
+@pytest.mark.parametrize(("alpha", "masked", "factor"), [(0.5, 0.0, 1.0), (0.5, 1.0, 1.0), (1.0, 1.0, 2.0), (1.0, 0.0, 0.0), (0.25, 1.0, 0.5), (0.25, 0.0, 1.5)])
+def test_alpha_weighs_masked_against_unmasked_frames(alpha: float, masked: float, factor: float) -> None:
+    plain = objective()(output(), batch(["speech"]*2)).loss
+    weighed = objective(alpha=alpha)(output(masked=masked), batch(["speech"]*2)).loss
+    torch.testing.assert_close(weighed, factor * plain)
+
+
+def test_frames_beyond_the_students_length_do_not_count() -> None:
+    module, data = objective(), batch(["speech", "speech"])
+    step = module(output(lens=[10, 4]), data)
+    assert step.count == 14
+    data.tokens["speech"][1, 4:] = 7 - data.tokens["speech"][1, 4:]
+    torch.testing.assert_close(module(output(lens=[10, 4]), data).loss, step.loss)
+
+
+def test_missing_tokens_are_ignored_without_a_loss() -> None:
+    data = batch(["speech", "speech"])
+    data.tokens["speech"][1] = IGNORE
+    data.token_lens["speech"][1] = 0
+    step = objective()(output(), data)
+    assert step.count == 10
+    assert math.isfinite(step.loss.item())
+
+
+def test_loss_does_not_depend_on_the_order_of_the_cuts() -> None:
+    module, data, out = objective(), batch(["speech", "audio", "speech"]), output(n=3)
+    order = torch.tensor([2, 0, 1])
+    turned = Batch(
+        ids=[data.ids[i] for i in order],
+        domains=[data.domains[i] for i in order],
+        features=data.features[order],
+        feature_lens=data.feature_lens[order],
+        seconds=data.seconds,
+        tokens={k: v[order] for k, v in data.tokens.items()},
+        token_lens={k: v[order] for k, v in data.token_lens.items()},
+    )
+    moved = StudentOutput(out.features[order], out.lens[order], (out.features[order],), out.masked_share[order])
+    torch.testing.assert_close(module(out, data).loss, module(moved, turned).loss)
+
+
+def test_delay_lets_the_student_look_ahead() -> None:
+    data, out = batch(["speech"]*2), output()
+    late = objective(delay_frames=2)(out, data)
+    shifted = StudentOutput(out.features[:, 2:], out.lens - 2, (), out.masked_share[:, 2:])
+    torch.testing.assert_close(late.loss, objective()(shifted, data).loss)
+    assert late.count == 16
+
+
+def test_perfect_logits_give_full_accuracy() -> None:
+    module, data = objective(), batch(["speech"])
+    data.tokens["speech"][:] = 3
+    for name, parameter in module.heads["speech"].named_parameters():
+        nn.init.zeros_(parameter)
+        if "bias" in name:
+            with torch.no_grad():
+                parameter.view(3, 8)[:, 3] = 50.0
+    step = module(output(n=1), data)
+    assert (step.metrics["accuracy/speech/speech"] == torch.tensor([10.0, 10.0])).all()
+    assert step.loss.item() < 1e-6
+
+
+def test_module_masks_in_training_only() -> None:
+    encoder = Halve()
+    module = PretrainModule(Student(encoder, MaskConfig(time_prob=0.8, time_length=4)), MaskedPredictionConfig().build(encoder, SPECS))
+    data = batch(["speech", "audio"], t=40)
+    share = [module(data, torch.Generator().manual_seed(3)).metrics["masked_share"] for _ in range(2)]
+    assert 0.2 < share[0][0] / share[0][1] < 0.9
+    assert (share[0] == share[1]).all()
+    module.eval()
+    assert module(data, torch.Generator().manual_seed(3)).metrics["masked_share"][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": 1.5}, "`alpha` must be between 0 and 1, but is 1.5"),
+        ({"delay_frames": -1}, "`delay_frames` must not be negative"),
+        ({"weights": {}}, "must name at least one domain"),
+        ({"weights": {"speech": {"speech": 0.0}}}, "`weights.speech` must give at least one teacher"),
+        ({"weights": {"speech": {"speech": -1.0}}}, "`weights.speech.speech` must not be negative"),
+    ],
+)
+def test_config_raises_config_error_when_out_of_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MaskedPredictionConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_labels_raises_config_error_when_the_domain_is_unknown() -> None:
+    with pytest.raises(ConfigError, match="domain 'music' is not in the recipe's `objective.weights`, which knows audio, speech"):
+        MaskedPredictionConfig().labels("music")
+
+
+def test_build_raises_config_error_when_a_teacher_has_no_tokens() -> None:
+    with pytest.raises(ConfigError, match="teacher 'audio', for which there are no tokens"):
+        MaskedPredictionConfig().build(Halve(), {"speech": SPECS["speech"]})

@@ -1,0 +1,112 @@
+"""Artifacts: finished last, guarded by their inputs, resumable."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from spear.errors import ArtifactError, SpearError
+from spear.files import read_json, write_bytes, write_json
+from spear.stages.artifact import DONE, UNFINISHED, Artifact, fingerprint_of, read_artifact
+
+
+def make(folder: Path, **inputs: str) -> Artifact:
+    return Artifact(folder, kind="tokens", config={"layer": 3, "nested": {"a": [1, 2]}}, inputs=inputs or {"teacher": "t1"})
+
+
+def test_artifact_is_finished_only_after_a_clean_exit(tmp_path: Path) -> None:
+    artifact = make(tmp_path / "x")
+    assert not artifact.is_done()
+    with artifact.making() as record:
+        record.counts["cuts"] = 3
+        record.audio_s += 1.25
+        assert (tmp_path / "x" / UNFINISHED).exists()
+        assert not (tmp_path / "x" / DONE).exists()
+    assert artifact.is_done()
+    assert not (tmp_path / "x" / UNFINISHED).exists()
+    found = read_artifact(tmp_path / "x")
+    assert (found["counts"], found["audio_s"], found["inputs"]) == ({"cuts": 3}, 1.25, {"teacher": "t1"})
+    assert found["measured"]["peak_memory_mb"] > 1
+    assert fingerprint_of(tmp_path / "x") == artifact.fingerprint
+
+
+def test_artifact_stays_unfinished_when_the_stage_breaks(tmp_path: Path) -> None:
+    artifact = make(tmp_path)
+    with pytest.raises(RuntimeError), artifact.making():
+        raise RuntimeError("killed")
+    assert not artifact.is_done()
+    with pytest.raises(ArtifactError, match="is unfinished"):
+        read_artifact(tmp_path)
+    with artifact.making():
+        pass
+    assert artifact.is_done()
+
+
+def test_is_done_raises_artifact_error_when_an_input_changed(tmp_path: Path) -> None:
+    with make(tmp_path, teacher="t1").making():
+        pass
+    with pytest.raises(ArtifactError, match="`inputs.teacher` was t1, is t2"):
+        make(tmp_path, teacher="t2").is_done()
+
+
+def test_is_done_raises_artifact_error_when_the_config_changed(tmp_path: Path) -> None:
+    with make(tmp_path).making():
+        pass
+    other = Artifact(tmp_path, kind="tokens", config={"layer": 4, "nested": {"a": [1, 2]}}, inputs={"teacher": "t1"})
+    with pytest.raises(ArtifactError, match="`config.layer` was 3, is 4"):
+        other.is_done()
+
+
+def test_making_raises_artifact_error_when_the_unfinished_folder_has_other_inputs(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), make(tmp_path).making():
+        raise RuntimeError("killed")
+    with pytest.raises(ArtifactError, match="`inputs.teacher` was t1, is t2"), make(tmp_path, teacher="t2").making():
+        pass
+
+
+def test_fingerprint_depends_on_every_part() -> None:
+    base = make(Path("a"))
+    assert base.fingerprint == make(Path("b")).fingerprint
+    assert len({base.fingerprint, make(Path("a"), teacher="t2").fingerprint, make(Path("a"), teacher="t1", more="x").fingerprint}) == 3
+
+
+def test_write_json_refuses_values_that_are_not_finite(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, 1)
+    with pytest.raises(TypeError):
+        write_json(path, object())
+    assert read_json(path) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_read_json_raises_artifact_error_when_the_file_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": ')
+    with pytest.raises(ArtifactError, match=r"x\.json is not valid JSON"):
+        read_json(tmp_path / "x.json")
+
+
+def test_write_raises_spear_error_when_a_file_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpearError, match="a file is in the way"):
+        write_bytes(tmp_path / "file" / "x", b"")
+
+
+def test_write_raises_spear_error_when_the_disk_is_full() -> None:
+    if not os.access("/dev/full", os.W_OK):
+        pytest.skip("this system has no /dev/full")
+    from spear.files import writing
+
+    with (
+        pytest.raises(SpearError, match="cannot write x: no space left on the disk"),
+        writing(Path("x")),
+        open("/dev/full", "wb", buffering=0) as file,
+    ):
+        file.write(b"x" * 10)

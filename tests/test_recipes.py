@@ -1,0 +1,61 @@
+"""Every recipe loads, names no path and no corpus, and builds its student and its objective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from spear.config import load_yaml, to_json
+from spear.objectives import PretrainModule
+from spear.models.student import Student
+from spear.recipe import Recipe, load_recipe
+from spear.types import TokenSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SIZES = {"spear_base": 93_289_489, "spear_large": 326_951_472, "spear_xlarge": 596_973_362}
+
+
+def specs(recipe: Recipe) -> dict[str, TokenSpec]:
+    return {name: TokenSpec(num_codebooks=4, codebook_size=16, frame_rate_hz=50.0, first_frame_s=0.0125) for name in recipe.teachers}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_loads_and_builds(path: Path) -> None:
+    recipe = load_recipe(path)
+    with torch.device("meta"):
+        encoder = recipe.student.build()
+        module = PretrainModule(Student(encoder, recipe.masking), recipe.objective.build(encoder, specs(recipe)))
+    assert sum(p.numel() for p in module.parameters()) > 10_000
+    if path.stem in SIZES:
+        assert sum(p.numel() for p in encoder.parameters()) == SIZES[path.stem]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_round_trips_through_its_resolved_config(path: Path) -> None:
+    import draccus
+
+    recipe = load_recipe(path)
+    assert draccus.decode(Recipe, to_json(recipe)) == recipe
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "ablations").glob("*.yaml")), ids=lambda p: p.stem)
+def test_ablation_is_an_include_and_few_lines(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    assert lines[0].startswith("include: ")
+    assert len(lines) <= 8
+    assert load_recipe(path) != load_recipe((path.parent / lines[0].removeprefix("include: ")).resolve())
+
+
+def test_every_recipe_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    missing = [path.stem for path in (ROOT / "recipes").glob("*.yaml") if f"recipes/{path.name}" not in text]
+    assert not missing
+
+
+def test_recipes_say_only_what_differs() -> None:
+    for path in RECIPES:
+        assert len(path.read_text().splitlines()) <= 60, path
+        assert load_yaml(path)

@@ -78,15 +78,21 @@ class Run:
         except ConfigError:
             return True
 
-    def teachers_of(self, domain: str) -> list[str]:
-        """Teachers that label the cuts of `domain`, sorted: those the objective reads there, or all (``tokens.pairs: all``); none for noise.
+    def labels(self, domain: str) -> list[str]:
+        """Teachers whose tokens the objective reads for cuts of `domain`, sorted; none for noise.
 
         Raises:
             ConfigError: the objective does not know the domain.
         """
-        if self.is_noise(domain):
-            return []
-        needed = sorted(self.recipe.objective.labels(domain))
+        return [] if self.is_noise(domain) else sorted(self.recipe.objective.labels(domain))
+
+    def teachers_of(self, domain: str) -> list[str]:
+        """Teachers that label the cuts of `domain`, sorted: those of `labels`, or with ``tokens.pairs: all`` every teacher; none for noise.
+
+        Raises:
+            ConfigError: the objective does not know the domain.
+        """
+        needed = self.labels(domain)
         return sorted(self.recipe.teachers) if self.recipe.tokens.pairs == "all" and needed else needed
 
 

@@ -118,5 +118,5 @@ class StepOutput(NamedTuple):
     """
 
     loss: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count on purpose
     metrics: dict[str, Tensor]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from spear.config import load_yaml, to_json
-from spear.objectives import PretrainModule
 from spear.models.student import Student
+from spear.objectives import PretrainModule
 from spear.recipe import Recipe, load_recipe
 from spear.types import TokenSpec
 

@@ -107,4 +107,3 @@ def _select(output: EncoderOutput, layer: str | int) -> Tensor:
         return torch.stack([state[0] for state in output.hidden_states]).float()
     chosen = output.hidden_states[layer] if isinstance(layer, int) else output.features
     return chosen[0].float()
-

@@ -8,8 +8,9 @@ import io
 import numpy as np
 import torch
 
-from spear.commands.encode import output_names, read_audio
+from spear.commands.encode import output_names
 from spear.errors import ConfigError
+from spear.export.audio import read_audio
 from spear.files import make_folder, write_bytes
 from spear.progress import track
 from spear.quantizers import load_quantizer
@@ -33,8 +34,8 @@ def tokenize_files(options: argparse.Namespace) -> None:
         raise ConfigError(f"`--quantizer` {options.quantizer} was fitted on {quantizer.dim} channels, but the teacher gives {teacher.dim}")
     make_folder(options.out)
     names = output_names(options.audio, options.out)
-    for path, target in track(zip(options.audio, names), "tokenize", len(names), unit="files"):
-        audio = torch.from_numpy(read_audio(path, teacher.sample_rate))
+    for path, target in track(names.items(), "tokenize", len(names), unit="files"):
+        audio = torch.as_tensor(read_audio(path, teacher.sample_rate))
         frames = extract(teacher, [audio], torch.device("cpu"))[0]
         codes = quantizer.encode(frames).numpy()
         buffer = io.BytesIO()
@@ -51,4 +52,3 @@ def _teacher(options: argparse.Namespace) -> Teacher:
     if options.teacher not in teachers:
         raise ConfigError(f"`--teacher` must be one of {', '.join(sorted(teachers))}, but is {options.teacher!r}")
     return teachers[options.teacher].build(options.data)
-

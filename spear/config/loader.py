@@ -83,7 +83,8 @@ def load_config(cls: type[Config], path: Path, overrides: Sequence[str] = ()) ->
     Raises:
         ConfigError: one line with the key's full path, the rule, the value and, for an unknown key, a suggestion.
     """
-    return draccus.decode(cls, normalise(cls, apply_set(load_yaml(path), overrides), str(path)))
+    config: Config = draccus.decode(cls, normalise(cls, apply_set(load_yaml(path), overrides), str(path)))
+    return config
 
 
 def to_json(config: Any, family: type | None = None) -> Any:

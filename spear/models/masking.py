@@ -41,9 +41,7 @@ class MaskConfig:
             raise ConfigError(f"`mode` must be span or block, but is {self.mode}")
 
 
-def draw_masks(
-    config: MaskConfig, lens: Tensor, num_frames: int, num_bins: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def draw_masks(config: MaskConfig, lens: Tensor, num_frames: int, num_bins: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Draw the masks of a batch.
 
     Padding is never masked, an item is never masked as a whole, and an item shorter than a span is not masked.

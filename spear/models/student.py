@@ -27,7 +27,7 @@ def share_under_frames(mask: Tensor, num_frames: int, frame_rate_hz: float, firs
     start = max(0, math.ceil(centre - (group - 1) / 2 - 1e-6))
     needed = start + group * num_frames
     padded = nn.functional.pad(mask.float(), (0, max(0, needed - mask.shape[1])))
-    return padded[:, start:needed].unflatten(1, (num_frames, group)).mean(dim=2)
+    return padded[:, start:needed].reshape(-1, num_frames, group).mean(dim=2)
 
 
 class Student(nn.Module):

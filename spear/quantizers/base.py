@@ -78,7 +78,7 @@ class Quantizer(nn.Module, abc.ABC):
         if codes.dim() == 0 or codes.shape[-1] != self.num_codebooks:
             raise DataError(f"codes must have {self.num_codebooks} codebooks in their last dimension, but have shape {tuple(codes.shape)}")
         flat = codes.reshape(-1, self.num_codebooks).long().to(self.device)
-        if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < self.codebook_size):
+        if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < self.codebook_size):
             raise DataError(f"codes must be in 0..{self.codebook_size - 1}, but reach from {int(flat.min())} to {int(flat.max())}")
         frames = self.reconstruct(flat)
         if self.normalizer is not None:
@@ -88,7 +88,8 @@ class Quantizer(nn.Module, abc.ABC):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(iter(self.state_dict().values())).device
+        found: torch.device = next(iter(self.state_dict().values())).device
+        return found
 
     def normalize(self, frames: Tensor) -> Tensor:
         """Checked, normalised frames (M, D) float32 on the quantizer's device, from frames (..., D).

@@ -92,7 +92,7 @@ class MVQ(Quantizer):
 
     def logits(self, frames: Tensor) -> Tensor:
         """Predicted log-odds (M, C, entries) of the codes of normalised frames (M, D)."""
-        scores = self.to_logits((SCALE_SPEED * self.logits_scale).exp() * frames)
+        scores: Tensor = self.to_logits((SCALE_SPEED * self.logits_scale).exp() * frames)
         return scores.view(-1, self.num_codebooks, self.codebook_size)[:, :, : self.entries]
 
     def tables(self) -> Tables:

@@ -117,8 +117,10 @@ class TwoPhaseTrainer:
 
     @property
     def rate(self) -> float:
-        """Halved at every quarter of the phase's iterations; a number without whole quarters halves only where they meet a step."""
-        start, iters, first = (0, self.phase_one_iters, FIRST_RATE) if self.in_phase_one else (self.phase_one_iters + 1, self.phase_two_iters, SECOND_RATE)
+        """Halved at every quarter of the phase's iterations; where quarters are not whole steps, only at those that are."""
+        start, iters, first = (
+            (0, self.phase_one_iters, FIRST_RATE) if self.in_phase_one else (self.phase_one_iters + 1, self.phase_two_iters, SECOND_RATE)
+        )
         halvings = sum(1 for made in range(1, self.step_count - start + 1) if 4 * made % iters == 0)
         return first * 0.5**halvings
 

@@ -120,7 +120,7 @@ class Evaluator:
             return draw_masks(recipe.masking, torch.tensor([frames]), frames, 128, generator)[0][0]
 
         tier = next((config.tier for config in recipe.evaluation.tasks.values() if isinstance(config, FramesConfig)), "phone")
-        labellers = {name: self.labeller(name) for name in recipe.objective.labels(domain)}
+        labellers = {name: self.labeller(name) for name in self.run.labels(domain)}
         return make_example(cut, domain, load, labellers, draw_mask, tier)
 
 
@@ -233,7 +233,7 @@ def example_cuts(run: Run) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     judged = {config.domain for config in run.recipe.evaluation.tasks.values()}
     for corpus in run.corpora:
-        if corpus.domain not in judged and not run.recipe.objective.labels(corpus.domain):
+        if corpus.domain not in judged and not run.labels(corpus.domain):
             continue
         path = run.data / "manifests" / f"{corpus.name}_cuts_valid.jsonl.gz"
         if corpus.domain not in chosen and path.exists():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,7 +64,7 @@ def run(run: Run) -> None:
 
 def _sample(run: Run, name: str) -> None:
     config = run.recipe.features
-    corpora = corpora_of(name, run.corpora, run.recipe.objective.labels, config.domains.get(name))
+    corpora = corpora_of(name, run.corpora, run.labels, config.domains.get(name))
     if not corpora:
         raise DataError(f"no corpus has a domain that uses the teacher {name}: give its domains in `features.domains.{name}`", cause="empty")
     manifests = {corpus.name: manifest_path(run.data, corpus.name, "train") for corpus in corpora}
@@ -74,7 +75,8 @@ def _sample(run: Run, name: str) -> None:
     artifact = Artifact(folder, kind="features", config={**settings, "seed": run.recipe.seed, "block_frames": FRAMES_PER_BLOCK}, inputs=inputs)
     if artifact.is_done():
         return
-    heldout, train = plan(teacher, [cut for path in manifests.values() for cut in read_cuts(path)], config, run.recipe.seed)
+    cuts = itertools.chain.from_iterable(read_cuts(path) for path in manifests.values())
+    heldout, train = plan(teacher, cuts, config, run.recipe.seed)
     with artifact.making() as record:
         _write(folder, teacher.to(default_device()), heldout, train, config, run.recipe.seed, record, name)
         record.extra = {
@@ -85,7 +87,7 @@ def _sample(run: Run, name: str) -> None:
         }
 
 
-def plan(teacher: Teacher, cuts: Iterator[Any] | Sequence[Any], config: FeaturesConfig, seed: int) -> tuple[list[Pick], list[Pick]]:
+def plan(teacher: Teacher, cuts: Iterable[Any], config: FeaturesConfig, seed: int) -> tuple[list[Pick], list[Pick]]:
     """Choose cuts by a hash of (seed, id), so that the order of the manifests does not matter.
 
     Returns:

@@ -74,11 +74,14 @@ def _identity(corpora: list[CorpusConfig], config: ManifestsConfig) -> dict[str,
 
 
 def _make_split(data: Path, corpus: CorpusConfig, split: str, config: ManifestsConfig, taken: set[int]) -> dict[str, Any]:
-    """Write one split's manifest and report; a split with a report is finished and only gives its ids."""
+    """Write one split's manifest and report; a split with a report is finished and only gives its ids.
+
+    A source may have nothing for valid or test (a folder of few files): then there is no such manifest.
+    """
     path = manifest_path(data, corpus.name, split)
     report_path = data / "manifests" / f"{corpus.name}_report_{split}.json"
-    if report_path.exists() and path.exists():
-        taken.update(seed_from(cut.id) for cut in CutSet.from_jsonl_lazy(path))
+    if report_path.exists():
+        taken.update(seed_from(cut.id) for cut in (CutSet.from_jsonl_lazy(path) if path.exists() else ()))
         found: dict[str, Any] = read_json(report_path)
         return found
     tally = _Tally()
@@ -97,7 +100,9 @@ def _make_split(data: Path, corpus: CorpusConfig, split: str, config: ManifestsC
         )
     if tally.cuts == 0:
         path.unlink()
-        raise DataError(f"corpus {corpus.name}, split {split}: no cut is left ({_summary(report)})", cause="empty")
+        if split == "train" or tally.skipped:
+            raise DataError(f"corpus {corpus.name}, split {split}: no cut is left ({_summary(report)})", cause="empty")
+        logger.warning("corpus %s: the source has nothing for the split %s", corpus.name, split)
     if tally.silent:
         share = 100 * tally.silent / tally.cuts
         logger.warning("corpus %s, split %s: %d of %d cuts are silent (%.1f %%)", corpus.name, split, tally.silent, tally.cuts, share)

@@ -51,7 +51,7 @@ def run(run: Run) -> None:
         logger.info("tokens: the recipe names no teachers, nothing to do")
     for name in run.recipe.teachers:
         config = run.recipe.tokens
-        corpora = run.corpora if config.pairs == "all" else corpora_of(name, run.corpora, run.recipe.objective.labels)
+        corpora = corpora_of(name, run.corpora, run.teachers_of)
         if not corpora:
             logger.info("tokens: no corpus uses the teacher %s", name)
             continue

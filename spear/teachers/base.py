@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -105,7 +106,7 @@ class Teacher(nn.Module, abc.ABC):
         for samples in lens.tolist():
             if self.num_frames(samples) < 1:
                 raise DataError(f"audio of {samples} samples is too short for one frame of {self.name}", cause="too_short")
-        with torch.autocast(audio.device.type, enabled=False):
+        with torch.autocast(audio.device.type, enabled=False), full_precision(audio.device):
             distinct = sorted(set(lens.tolist()))
             if not self.depends_on_padding or len(distinct) == 1:
                 return self._encode(audio, lens)
@@ -134,6 +135,14 @@ class Teacher(nn.Module, abc.ABC):
         if not self._fingerprint:
             self._fingerprint = sha256_json({"weights": hash_weights(self), "settings": self.settings})
         return self._fingerprint
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """On CUDA, convolutions in float32 by one fixed algorithm: TF32 would make them depend on the shape of the batch."""
+    if device.type != "cuda":
+        return nullcontext()
+    flags: AbstractContextManager[object] = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    return flags
 
 
 def hash_weights(module: nn.Module) -> str:

@@ -7,7 +7,6 @@ ever sees pieces of one length.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def _load(source: Source) -> Any:
     reference = next((code[name] for name in CLASSES if name in code), None)
     if reference is None:
         raise ConfigError(f"`auto_map` must name one of {', '.join(CLASSES)}, but does not ({source.name}/config.json)")
-    with quiet(), loading(source.name, known_folder=Path(source.location).is_dir()):
+    with quiet(), loading(source.name, is_folder=source.is_folder):
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=True, **source.options)
         model: nn.Module = get_class_from_dynamic_module(reference, source.location, **source.options)(config)
         path = cached_file(source.location, "model.safetensors", _raise_exceptions_for_missing_entries=False, **source.options)

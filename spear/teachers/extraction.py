@@ -251,7 +251,7 @@ def corpora_of(teacher: str, corpora: Sequence[Any], labels: Any, domains: Seque
     """Corpora whose cuts use a teacher, in the order of the corpora file.
 
     Args:
-        labels: ``objective.labels``, domain -> names of teachers. domains: takes the place of that table where given.
+        labels: domain -> names of teachers. domains: takes the place of that table where given.
     """
     if domains is not None:
         return [corpus for corpus in corpora if corpus.domain in domains]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError
@@ -75,12 +78,13 @@ class HuggingFaceConfig(TeacherConfig):
 class Source:
     """Where a model comes from and what its files say.
 
-    name: as the user wrote it. location: folder or Hugging Face id. config: config.json as it is on the disk.
+    name: as the user wrote it. location: folder or Hugging Face id. is_folder: which of the two. config: config.json as it is on the disk.
     preprocessor: preprocessor_config.json, None where there is none. options: keyword arguments of every ``from_pretrained``.
     """
 
     name: str
     location: str
+    is_folder: bool
     config: dict[str, Any]
     preprocessor: dict[str, Any] | None
     options: dict[str, Any]
@@ -107,14 +111,16 @@ def find_source(config: HuggingFaceConfig, folder: Path | None) -> Source:
 
     path = find_model(config.model, folder)
     location = str(path) if path is not None else config.model
-    options: dict[str, Any] = {"local_files_only": True} if path is not None else {"revision": config.revision or "main"}
+    options: dict[str, Any] = {"local_files_only": path is not None or offline()}
     if path is not None and not (path / "config.json").is_file():
         raise ConfigError(f"`model` {config.model} must hold config.json, but does not")
     if path is not None and not any((path / name).is_file() for name in WEIGHTS):
         raise ConfigError(f"`model` {config.model} must hold weights ({WEIGHTS[0]}), but does not")
     if path is None and (config.model.startswith((".", "/", "~")) or config.model.count("/") > 1):
         raise ConfigError(f"`model` must be a folder or a Hugging Face id, but {config.model} does not exist")
-    with quiet(), loading(config.model, known_folder=path is not None):
+    if path is None:
+        options["revision"] = config.revision or "main"
+    with quiet(), loading(config.model, is_folder=path is not None):
         found, _ = PretrainedConfig.get_config_dict(location, **options)
     if not found:
         raise ConfigError(f"`model` {config.model} has no config.json")
@@ -123,25 +129,43 @@ def find_source(config: HuggingFaceConfig, folder: Path | None) -> Source:
             preprocessor, _ = FeatureExtractionMixin.get_feature_extractor_dict(location, **options)
     except (OSError, ValueError):
         preprocessor = None
-    return Source(config.model, location, found, preprocessor, options, config.trust_remote_code)
+    return Source(config.model, location, path is not None, found, preprocessor, options, config.trust_remote_code)
+
+
+def offline() -> bool:
+    """Whether the Hugging Face hub is switched off or its name does not resolve; asking it would then only cost retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    if getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and advice while a model is loaded."""
+    """Silence progress bars and advice of transformers and the hub's client while a model is loaded."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, hub_verbosity = logging.get_verbosity(), hub.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub.set_verbosity(hub_verbosity)
 
 
 @contextmanager
-def loading(name: str, *, known_folder: bool) -> Iterator[None]:
+def loading(name: str, *, is_folder: bool) -> Iterator[None]:
     """Turn what goes wrong inside transformers into one line."""
     try:
         yield
@@ -149,8 +173,8 @@ def loading(name: str, *, known_folder: bool) -> Iterator[None]:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if "trust_remote_code" in str(error):
             reason = "it brings its own Python code; read it, then set `trust_remote_code: true`"
-        elif not known_folder and isinstance(error, OSError):
-            reason = f"it is no folder here, and the Hugging Face hub does not give it ({reason})"
+        elif not is_folder and isinstance(error, OSError):
+            reason = f"it is no folder here, and the Hugging Face hub does not give it ({reason[:200]})"
         raise ConfigError(f"`model` {name} cannot be loaded: {reason}") from error
 
 
@@ -169,7 +193,7 @@ def load_model(source: Source, cls: Any = None, *, part: str = "") -> Any:
         cls = AutoModel
         options["trust_remote_code"] = source.trust_remote_code
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with quiet(), loading(source.name, known_folder="local_files_only" in source.options):
+    with quiet(), loading(source.name, is_folder=source.is_folder):
         model, info = cls.from_pretrained(source.location, dtype=torch.float32, output_loading_info=True, **options)
     missing = sorted(key for key in info["missing_keys"] if key.startswith(part) and not key.endswith(TRAINING_ONLY))
     if missing:

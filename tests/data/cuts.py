@@ -95,7 +95,10 @@ def write_tokens(run: Run, *, skip: tuple[str, ...] = (), extra_frames: int = 0)
         for teacher in LABELS.get(corpus.domain, []):
             spec = SPECS[teacher]
             for split in corpus.source.splits():
-                cuts = [c for c in CutSet.from_jsonl_lazy(manifests.manifest_path(run.data, corpus.name, split)) if c.id not in skip]
+                path = manifests.manifest_path(run.data, corpus.name, split)
+                if not path.exists():
+                    continue
+                cuts = [cut for cut in CutSet.from_jsonl_lazy(path) if cut.id not in skip]
                 writer = TokenWriter(run.data / "tokens" / teacher / corpus.name / split, spec)
                 generator = torch.Generator().manual_seed(7)
                 lens = [int(cut.duration * spec.frame_rate_hz) + extra_frames for cut in cuts]
@@ -113,7 +116,7 @@ def make_shards(folder: Path, *, speech: int = 10, sounds: int = 6, noise: int =
         save(folder / "sounds" / f"a{i}.wav", tone(0.9 + 0.2 * i, hz=800 + 50 * i))
     for i in range(noise):
         save(folder / "noise" / f"n{i}.wav", tone(1.0, hz=3000 + 100 * i))
-    corpora = [folder_corpus(folder / "speech", "voices", "speech", valid_share=0.2), folder_corpus(folder / "sounds", "sounds", "audio")]
+    corpora = [folder_corpus(folder / "speech", "voices", "speech", valid_share=0.5), folder_corpus(folder / "sounds", "sounds", "audio")]
     if noise:
         corpora.append(folder_corpus(folder / "noise", "hiss", "noise"))
     run = make_run(folder / "data", corpora)

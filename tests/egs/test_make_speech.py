@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import time
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,20 +99,28 @@ def test_main_writes_cuts_with_ordered_phones_and_words_inside_the_audio(
         for tier in ("phone", "word"):
             spans = labels.alignment[tier]
             assert all(span.duration > 0 for span in spans)
-            assert all(a.end <= b.start + 1e-6 for a, b in zip(spans, spans[1:]))
-            assert spans[-1].end <= cut.duration + 1e-6
+            assert all(a.end <= b.start + 2e-6 for a, b in pairwise(spans))
+            assert spans[-1].end <= cut.duration + 2e-6
         assert " ".join(word.symbol for word in labels.alignment["word"]) == labels.text
         covered = sum(phone.duration for phone in labels.alignment["phone"])
         assert covered > 0.8 * cut.duration
         phones = labels.alignment["phone"]
         for word in labels.alignment["word"]:
-            inside = [phone for phone in phones if word.start - 1e-6 <= phone.start and phone.end <= word.end + 1e-6]
+            inside = [phone for phone in phones if word.start - 3e-6 <= phone.start and phone.end <= word.end + 3e-6]
             assert inside
             assert inside[0].start == pytest.approx(word.start, abs=1e-5)
 
 
 def test_intervals_ends_each_phone_at_the_next_event(speech: ModuleType) -> None:
-    events = [["word", 0.0, "so"], ["phone", 0.1, "s"], ["phone", 0.3, "oʊ"], ["pause", 0.7, ""], ["word", 0.9, "at"], ["phone", 1.0, "æ"], ["phone", 1.2, "t"]]
+    events = [
+        ["word", 0.0, "so"],
+        ["phone", 0.1, "s"],
+        ["phone", 0.3, "oʊ"],
+        ["pause", 0.7, ""],
+        ["word", 0.9, "at"],
+        ["phone", 1.0, "æ"],
+        ["phone", 1.2, "t"],
+    ]
     tiers = speech.intervals(events, 1.5)
     assert [(p, round(a, 6), round(d, 6)) for p, a, d in tiers["phone"]] == [("s", 0.1, 0.2), ("oʊ", 0.3, 0.4), ("æ", 1.0, 0.2), ("t", 1.2, 0.3)]
     assert [(w, round(a, 6), round(d, 6)) for w, a, d in tiers["word"]] == [("so", 0.1, 0.6), ("at", 1.0, 0.5)]
@@ -129,6 +139,20 @@ def test_speak_raises_spear_error_when_the_voice_is_unknown(speech: ModuleType) 
     utterance = speech.Utterance(id="u", speaker="nobody", text="hello", rate=160, pitch=50, range=50, gain_db=-3.0, snr_db=30.0)
     with pytest.raises(SpearError, match="did not speak u .voice 'nobody'"):
         list(speech.speak([utterance], "gmw/en-US", 1))
+
+
+def test_speak_names_words_that_are_spoken_as_one(speech: ModuleType) -> None:
+    utterance = speech.Utterance(id="u", speaker="f2", text="wished for the yacht", rate=160, pitch=50, range=50, gain_db=-3.0, snr_db=30.0)
+    header, samples = next(iter(speech.speak([utterance], "gmw/en-US", 1)))
+    tiers = speech.intervals(header["events"], len(samples) / header["sample_rate"])
+    assert [word for word, _, _ in tiers["word"]] == ["wished", "for the", "yacht"]
+
+
+def test_speak_gives_the_same_samples_at_another_time_of_day(speech: ModuleType) -> None:
+    breathy = speech.Utterance(id="u", speaker="f3", text="we wish", rate=160, pitch=50, range=50, gain_db=-3.0, snr_db=30.0)
+    first = next(iter(speech.speak([breathy], "gmw/en-US", 1)))[1]
+    time.sleep(1.1)
+    assert (next(iter(speech.speak([breathy], "gmw/en-US", 1)))[1] == first).all()
 
 
 def test_manifest_paths_are_relative(speech: ModuleType, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

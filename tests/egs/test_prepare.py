@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,7 +79,7 @@ def test_main_prepares_both_sets_and_a_second_run_does_nothing(
             assert cut.supervisions[0].speaker in SPEAKERS
             assert cut.custom["domain"] == "speech"
             spans = cut.supervisions[0].alignment["word"]
-            assert all(a.end < b.start for a, b in zip(spans, spans[1:]))
+            assert all(a.end < b.start for a, b in pairwise(spans))
             assert " ".join(span.symbol for span in spans) == cut.supervisions[0].text
     assert heard["test"] == pytest.approx(20 * sum((2000 + 40 * index) / 8000 for index in range(5)), abs=1e-3)
     sounds = {split: cuts_of(tmp_path / "sounds" / f"cuts_{split}.jsonl.gz") for split in ("train", "valid", "test")}

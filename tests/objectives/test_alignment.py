@@ -61,7 +61,10 @@ def test_align_of_a_teacher_without_tokens_is_all_ignore() -> None:
     assert (out == IGNORE).all()
 
 
-@pytest.mark.parametrize(("teacher_hz", "teacher_first", "student_hz", "student_first"), [(50, 0.0125, 50, 0.045), (25, 0.02, 50, 0.045), (75, 0.005, 50, 0.045), (50, 0.0125, 25, 0.055)])
+@pytest.mark.parametrize(
+    ("teacher_hz", "teacher_first", "student_hz", "student_first"),
+    [(50, 0.0125, 50, 0.045), (25, 0.02, 50, 0.045), (75, 0.005, 50, 0.045), (50, 0.0125, 25, 0.055)],
+)
 def test_align_by_time_picks_the_nearest_group(teacher_hz: float, teacher_first: float, student_hz: float, student_first: float) -> None:
     frames = frame_map(spec(teacher_hz, teacher_first), student_hz, student_first, "time")
     index = frames.indices(20).double()

@@ -82,7 +82,10 @@ def test_loss_is_the_weighted_sum_of_cross_entropies() -> None:
     ("weights", "labels"),
     [
         ({"speech": {"speech": 1.0}, "audio": {"audio": 1.0}}, {"speech": ["speech"], "audio": ["audio"]}),
-        ({"speech": {"speech": 1.0, "audio": 0.5}, "audio": {"speech": 1.0, "audio": 0.5}}, {"speech": ["audio", "speech"], "audio": ["audio", "speech"]}),
+        (
+            {"speech": {"speech": 1.0, "audio": 0.5}, "audio": {"speech": 1.0, "audio": 0.5}},
+            {"speech": ["audio", "speech"], "audio": ["audio", "speech"]},
+        ),
         ({"speech": {"speech": 1.0, "audio": 0.0}, "audio": {"speech": 1.0, "audio": 0.1}}, {"speech": ["speech"], "audio": ["audio", "speech"]}),
     ],
     ids=["disjoint", "joint", "asymmetric"],
@@ -104,10 +107,12 @@ def test_batch_of_one_domain_gives_the_other_head_a_zero_gradient() -> None:
     assert all(p.grad.any() for p in module.heads["speech"].parameters())
 
 
-@pytest.mark.parametrize(("alpha", "masked", "factor"), [(0.5, 0.0, 1.0), (0.5, 1.0, 1.0), (1.0, 1.0, 2.0), (1.0, 0.0, 0.0), (0.25, 1.0, 0.5), (0.25, 0.0, 1.5)])
+@pytest.mark.parametrize(
+    ("alpha", "masked", "factor"), [(0.5, 0.0, 1.0), (0.5, 1.0, 1.0), (1.0, 1.0, 2.0), (1.0, 0.0, 0.0), (0.25, 1.0, 0.5), (0.25, 0.0, 1.5)]
+)
 def test_alpha_weighs_masked_against_unmasked_frames(alpha: float, masked: float, factor: float) -> None:
-    plain = objective()(output(), batch(["speech"]*2)).loss
-    weighed = objective(alpha=alpha)(output(masked=masked), batch(["speech"]*2)).loss
+    plain = objective()(output(), batch(["speech"] * 2)).loss
+    weighed = objective(alpha=alpha)(output(masked=masked), batch(["speech"] * 2)).loss
     torch.testing.assert_close(weighed, factor * plain)
 
 
@@ -145,7 +150,7 @@ def test_loss_does_not_depend_on_the_order_of_the_cuts() -> None:
 
 
 def test_delay_lets_the_student_look_ahead() -> None:
-    data, out = batch(["speech"]*2), output()
+    data, out = batch(["speech"] * 2), output()
     late = objective(delay_frames=2)(out, data)
     shifted = StudentOutput(out.features[:, 2:], out.lens - 2, (), out.masked_share[:, 2:])
     torch.testing.assert_close(late.loss, objective()(shifted, data).loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +173,11 @@ def test_features_raises_artifact_error_when_there_is_no_manifest(tmp_path: Path
 
 def test_features_raises_data_error_when_no_corpus_uses_the_teacher(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    run.corpora = run.corpora[:1]
+    run = replace(run, corpora=run.corpora[:1])
     with pytest.raises(DataError, match=r"no corpus has a domain that uses the teacher wide: .*`features\.domains\.wide`"):
         features.run(run)
     run = make_run(tmp_path, features={"domains": {"wide": ["speech"]}})
-    run.corpora = run.corpora[:1]
+    run = replace(run, corpora=run.corpora[:1])
     features.run(run)
 
 

@@ -205,3 +205,11 @@ def test_manifests_reads_a_sub_cut_of_a_resampled_recording(tmp_path: Path) -> N
     (found,) = made(tmp_path, "v")
     assert load_audio(found).shape == (32000,)
     assert np.abs(np.fft.rfft(load_audio(found))).argmax() == 1000
+
+
+def test_manifests_goes_on_when_a_folder_has_no_file_for_valid(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "in" / "a.wav", tone(1.0))
+    run = make_run(tmp_path, [folder_corpus(tmp_path / "in", valid_share=1e-9)])
+    manifests.run(run)
+    assert "the source has nothing for the split valid" in caplog.text
+    assert not manifests.manifest_path(tmp_path, "sounds", "valid").exists()

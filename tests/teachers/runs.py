@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import soundfile
 
+from spear.data.mixing import MixingConfig
+from spear.recipe import Run
 from spear.teachers.extraction import FeaturesConfig, TokensConfig, manifest_path
 from spear.teachers.logmel import LogMelConfig
 
@@ -49,11 +51,12 @@ def make_run(root: Path, name: str = "data", *, reverse: bool = False, features:
         seed=7,
         teachers={"mel": LogMelConfig(num_mel_bins=16), "wide": LogMelConfig(num_mel_bins=16, stack=2)},
         objective=SimpleNamespace(labels=lambda domain: USES[domain]),
+        mixing=MixingConfig(),
         features=FeaturesConfig(**{"num_frames": 600, **(features or {})}),
         tokens=TokensConfig(**{"cuts_per_block": 5, "batch_seconds": 3.0, **(tokens or {})}),
     )
     corpora = [SimpleNamespace(name="talk", domain="speech"), SimpleNamespace(name="city", domain="audio")]
-    return SimpleNamespace(recipe=recipe, corpora=corpora, data=data, exp=root / "exp")
+    return Run(cast(Any, recipe), cast(Any, corpora), data, root / "exp")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

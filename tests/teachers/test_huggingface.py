@@ -254,10 +254,18 @@ def test_teacher_raises_config_error_when_path_does_not_exist(tmp_path: Path) ->
         HuggingFaceConfig(model=str(tmp_path / "nothing")).build(tmp_path)
 
 
-def test_teacher_raises_config_error_when_id_cannot_be_had_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("switched_off", [True, False])
+def test_teacher_raises_config_error_when_id_cannot_be_had_offline(monkeypatch: pytest.MonkeyPatch, switched_off: bool) -> None:
+    import socket
+
     import huggingface_hub.constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", switched_off)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("spear.teachers.huggingface.getproxies", dict)
     with pytest.raises(ConfigError, match=r"`model` nobody/nothing cannot be loaded: it is no folder here, and the Hugging Face hub") as caught:
         HuggingFaceConfig(model="nobody/nothing").build()
     assert "\n" not in str(caught.value)

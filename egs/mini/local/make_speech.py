@@ -2,7 +2,7 @@
 
 The voices of valid and test are not heard in train. Phone and word times are espeak-ng's own events: a phone lasts until the next event, and what
 lies between words and in pauses has no label. espeak-ng often gives an /l/ after a vowel no time of its own; by convention it then gets the last
-40 % of that vowel. Stress marks are dropped.
+40 % of that vowel. Stress marks are dropped. Words that espeak-ng speaks as one ("for the") are one item of the tier ``word``.
 
     python local/make_speech.py --config conf/corpus.yaml --out data/corpus/speech
 
@@ -153,7 +153,7 @@ def intervals(events: Sequence[Sequence[Any]], duration_s: float) -> dict[str, l
         if words:
             words[-1][1].append(phones[-1])
     spans = [(word, own[0][1], own[-1][1] + own[-1][2] - own[0][1]) for word, own in words if own]
-    return {"phone": phones, "word": spans}
+    return {tier: [(symbol, round(at, 6), round(length, 6)) for symbol, at, length in found] for tier, found in (("phone", phones), ("word", spans))}
 
 
 def write_utterance(utterance: Utterance, header: dict[str, Any], samples: NDArray[np.int16], folder: Path, seed: int) -> None:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spear.models.tracing import is_tracing
+
 
 class Chunking(NamedTuple):
     """size: frames of a chunk at 50 Hz, -1 for one chunk; left_chunks: chunks before it that a chunk sees, -1 for all."""
@@ -17,8 +19,7 @@ class Chunking(NamedTuple):
 
 def padding_mask(lens: Tensor, num_frames: int) -> Tensor | None:
     """(N, T) bool, True at padding; None where it is known without waiting for a GPU that there is none."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if not traced and lens.device.type == "cpu" and bool((lens >= num_frames).all()):
+    if not is_tracing() and lens.device.type == "cpu" and bool((lens >= num_frames).all()):
         return None
     return torch.arange(num_frames, device=lens.device) >= lens[:, None]
 

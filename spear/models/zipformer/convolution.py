@@ -54,17 +54,18 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
     def stream(self, x: Tensor, cached: Tensor) -> tuple[Tensor, Tensor]:
         """One chunk x (N, T, D) after `cached` (N, kernel // 2, D) -> (N, T, D), the frames to cache."""
         joined = torch.cat((cached, x), dim=1)
-        out = self.causal_conv(joined) + self.chunkwise_conv(x) * self._scale(x.shape[1])
+        out: Tensor = self.causal_conv(joined) + self.chunkwise_conv(x) * self._scale(x.shape[1])
         return out, joined[:, joined.shape[1] - cached.shape[1] :]
 
     def _scale(self, size: int) -> Tensor:
         """(size, D): one plus the learned corrections at the left and right edge of a chunk."""
-        left, right = self.chunkwise_conv_scale
+        left, right = self.chunkwise_conv_scale.unbind()
         if size < self.kernel:
             left, right = left[:, :size], right[:, self.kernel - size :]
         else:
             left, right = F.pad(left, (0, size - self.kernel)), F.pad(right, (size - self.kernel, 0))
-        return (1.0 + (left + right)).transpose(0, 1)
+        scale: Tensor = 1.0 + (left + right)
+        return scale.transpose(0, 1)
 
 
 class ConvolutionModule(nn.Module):

@@ -26,7 +26,8 @@ class Downsample(nn.Module):
         if missing:
             x = torch.cat((x, x[:, -1:].expand(-1, missing, -1)), dim=1)
         weights = self.bias.softmax(dim=0)
-        return (x.unflatten(1, (-1, self.factor)) * weights[:, None]).sum(dim=2)
+        groups: Tensor = x.unflatten(1, (-1, self.factor)) * weights[:, None]
+        return groups.sum(dim=2)
 
 
 def upsample(x: Tensor, factor: int, num_frames: int) -> Tensor:

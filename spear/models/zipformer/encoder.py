@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spear.errors import DataError
 from spear.models.base import FBANK_FIRST_FRAME_S, Encoder
+from spear.models.tracing import is_tracing
 from spear.models.zipformer.chance import draw
 from spear.models.zipformer.chunks import Chunking, attention_mask, padding_mask
 from spear.models.zipformer.config import StackConfig, ZipformerConfig
@@ -154,7 +155,7 @@ class ZipformerEncoder(Encoder):
         set_batch_count(self, count + self.config.schedule_offset)
 
     def _check(self, features: Tensor, lens: Tensor) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_tracing():
             return
         if features.ndim != 3 or features.shape[-1] != self.num_mel_bins:
             raise DataError(f"features must be (N, T, {self.num_mel_bins}), but are {tuple(features.shape)}", cause="shape")

@@ -53,9 +53,7 @@ class ZipformerLayer(ScheduledModule):
         self.balancer2 = Balancer(min_positive=0.45, max_positive=0.55, min_abs=0.1, max_abs=4.0)
         self.whiten = Whiten(schedule((0, 4.0), (20000, 12.0), default=4.0))
 
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None = None, padding_mask: Tensor | None = None, chunk_size: int = -1
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, padding_mask: Tensor | None = None, chunk_size: int = -1) -> Tensor:
         """One layer at the frame rate of its stack.
 
         Args:

@@ -17,7 +17,9 @@ def _full(x: Tensor) -> Tensor:
 
 
 def _scales(x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x - bias, dim=-1, keepdim=True).div(x.shape[-1] ** 0.5).reciprocal() * log_scale.exp()
+    size: Tensor = torch.linalg.vector_norm(x - bias, dim=-1, keepdim=True)
+    scales: Tensor = x.shape[-1] ** 0.5 / size * log_scale.exp()
+    return scales
 
 
 class _BiasNorm(torch.autograd.Function):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from spear.models.tracing import is_tracing
 from spear.models.zipformer.chance import keep_mask
 
 DROPOUT = 0.15
@@ -42,7 +43,7 @@ class RelativePositions(nn.Module):
         self._table: Tensor | None = None
 
     def _lookup(self, past: int, future: int, device: torch.device) -> Tensor:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_tracing():
             return relative_encoding(torch.arange(-past, future + 1, device=device), self.dim)
         if self._table is None or self._table.device != device or self._reach < max(past, future):
             self._reach = max(past, future, 2 * self._reach)

@@ -21,11 +21,12 @@ class Stack(nn.Module):
         self.pos_dim = config.pos_dim
         self.positions = RelativePositions(config.pos_dim)
         template = ZipformerLayer(config)
-        self.layers = nn.ModuleList([template, *(copy.deepcopy(template) for _ in range(config.num_layers - 1))])
+        layers = [template, *(copy.deepcopy(template) for _ in range(config.num_layers - 1))]
         step = (config.warmup_end - config.warmup_begin) / config.num_layers
-        for k, layer in enumerate(self.layers):
+        for k, layer in enumerate(layers):
             begin = config.warmup_begin + k * step
             layer.bypass.skip_rate = schedule((begin, 0.5), (begin + step, 0.035 * config.downsampling**0.5))
+        self.layers = nn.ModuleList(layers)
 
     def forward(
         self,

@@ -46,7 +46,7 @@ class ConvNeXt(ScheduledModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, channels, T, W) -> same shape."""
-        branch = self._pointwise(self.depthwise_conv(x))
+        branch = self._pointwise(self._depthwise(x))
         if not self.training:
             return x + branch
         x = self.out_balancer(x + drop_items(branch, self.value(self.layerdrop_rate)))
@@ -66,6 +66,15 @@ class ConvNeXt(ScheduledModule):
         branch = F.conv2d(joined, kernel.weight, kernel.bias, padding=(0, CONVNEXT_REACH), groups=kernel.groups)
         now = x[:, :, : x.shape[2] - CONVNEXT_REACH]
         return now + self._pointwise(branch), joined[:, :, joined.shape[2] - 2 * CONVNEXT_REACH : joined.shape[2] - CONVNEXT_REACH]
+
+    def _depthwise(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and self.depthwise_conv.weight.dtype == torch.float32:
+            # in bf16 the gradient of the weight takes twice as long as in float32
+            with torch.autocast("cpu", enabled=False):
+                exact: Tensor = self.depthwise_conv(x.float())
+                return exact
+        out: Tensor = self.depthwise_conv(x)
+        return out
 
     def _pointwise(self, x: Tensor) -> Tensor:
         if x.is_contiguous(memory_format=torch.channels_last):

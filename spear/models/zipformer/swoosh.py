@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spear.models.tracing import is_tracing
+
 SLOPE = 0.08
-BLOCK = 1 << 14
+BLOCK = 1 << 15
 """Elements computed together on a CPU, small enough for the cache to hold them between the passes."""
 
 
@@ -26,16 +28,24 @@ class _Swoosh(torch.autograd.Function):
         return _blocks(x, grad, ctx.shift, 0.0), None, None
 
 
+def _shifted(x: Tensor, shift: float, out: Tensor) -> None:
+    if x.dtype == out.dtype:
+        torch.sub(x, shift, out=out)
+    else:
+        out.copy_(x).sub_(shift)
+
+
 def _forward(x: Tensor, out: Tensor, z: Tensor, shift: float, offset: float) -> None:
     """out = Swoosh of x; z and out are float32, z is scratch."""
-    z.copy_(x).sub_(shift)
+    _shifted(x, shift, z)
     torch.ops.aten.softplus.out(z, out=out)
     out.sub_(z, alpha=SLOPE).sub_(offset + SLOPE * shift)
 
 
 def _backward(x: Tensor, grad: Tensor, out: Tensor, shift: float) -> None:
     """out = grad times the derivative of Swoosh at x; out is float32."""
-    out.copy_(x).sub_(shift).sigmoid_().sub_(SLOPE).mul_(grad)
+    _shifted(x, shift, out)
+    out.sigmoid_().sub_(SLOPE).mul_(grad)
 
 
 def _blocks(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tensor:
@@ -47,21 +57,25 @@ def _blocks(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tens
     dense = x.stride() == out.stride() and (grad is None or grad.stride() == x.stride())
     if x.device.type != "cpu" or x.dtype == torch.float64 or not dense:
         z = _full(x) - shift
-        return (F.softplus(z).sub_(z, alpha=SLOPE).sub_(offset + SLOPE * shift) if grad is None else z.sigmoid_().sub_(SLOPE).mul_(grad)).to(x.dtype)
-    flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in (x, out, grad)]
-    scratch = torch.empty(2, min(BLOCK, max(x.numel(), 1)))
-    for begin in range(0, x.numel(), BLOCK):
-        piece, target, piece_grad = (None if t is None else t[begin : begin + BLOCK] for t in flat)
-        assert piece is not None and target is not None
-        z, low = scratch[:, : piece.numel()]
-        result = target if target.dtype == torch.float32 else low
-        if piece_grad is None:
-            _forward(piece, result, z, shift, offset)
+        whole = F.softplus(z).sub_(z, alpha=SLOPE).sub_(offset + SLOPE * shift) if grad is None else z.sigmoid_().sub_(SLOPE).mul_(grad)
+        return whole.to(x.dtype)
+    pieces, targets = _split(x), _split(out)
+    grads = None if grad is None else _split(grad)
+    scratch_z, scratch_out = torch.empty(2, min(BLOCK, x.numel())).unbind()
+    for i, (piece, target) in enumerate(zip(pieces, targets)):
+        result = target if target.dtype == torch.float32 else scratch_out[: piece.numel()]
+        if grads is None:
+            _forward(piece, result, scratch_z[: piece.numel()], shift, offset)
         else:
-            _backward(piece, piece_grad, result, shift)
-        if result is low:
-            target.copy_(low)
+            _backward(piece, grads[i], result, shift)
+        if result is not target:
+            target.copy_(result)
     return out
+
+
+def _split(x: Tensor) -> tuple[Tensor, ...]:
+    """Blocks of a dense tensor in memory order."""
+    return torch.split(x.as_strided((x.numel(),), (1,)), BLOCK)
 
 
 def _full(x: Tensor) -> Tensor:
@@ -72,7 +86,7 @@ def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = _Swoosh.apply(x, shift, offset)
         return result
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_tracing():
         full = _full(x)
         return (F.softplus(full - shift) - SLOPE * full - offset).to(x.dtype)
     return _blocks(x, None, shift, offset)

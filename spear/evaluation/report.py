@@ -223,11 +223,12 @@ def codebook_rows(cards: Mapping[str, Mapping[str, Any]], prefix: str) -> list[d
     """Facts and figure of each teacher's quantizer."""
     rows = []
     for i, (teacher, card) in enumerate(sorted(cards.items())):
-        perplexity, usage = (_numbers(card.get(key)) for key in ("perplexity", "usage"))
+        perplexity, active = (_numbers(card.get(key)) for key in ("perplexity", "active_entries"))
         size = int(card.get("codebook_size") or max([*perplexity, 1.0]))
+        usage = [count / size for count in active]
         facts = {
-            "bits per frame": _shown(card, ("bits_per_frame", "bits"), "{:g}"),
-            "relative reconstruction loss": _shown(card, ("relative_loss", "relative_reconstruction_loss"), "{:.3f}"),
+            "bits per frame": _shown(card, "bits_per_frame", "{:g}"),
+            "relative reconstruction loss": _shown(card, "relative_loss", "{:.3f}"),
             "mean perplexity": f"{sum(perplexity) / len(perplexity):.1f} of {size}" if perplexity else None,
             "entries in use": f"{sum(usage) / len(usage):.1%}" if usage else None,
         }
@@ -241,11 +242,9 @@ def _numbers(value: Any) -> list[float]:
     return [float(item) for item in values if isinstance(item, (int, float))]
 
 
-def _shown(card: Mapping[str, Any], keys: Sequence[str], form: str) -> str | None:
-    for key in keys:
-        if isinstance(card.get(key), (int, float)):
-            return form.format(card[key])
-    return None
+def _shown(card: Mapping[str, Any], key: str, form: str) -> str | None:
+    value = card.get(key)
+    return form.format(value) if isinstance(value, (int, float)) else None
 
 
 def cost_rows(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

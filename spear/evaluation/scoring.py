@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from spear.evaluation.collect import LoadAudio, Plan
 from spear.evaluation.embedders import Embedder
@@ -41,7 +44,8 @@ def score_models(models: list[Model], plan: Plan, domains: Mapping[str, str], lo
         embedder = model.make()
         features = plan.embed(embedder, missing, load)
         for task in missing:
-            score = plan.tasks[task].score(features.pop(task), embedder.layer_names)
+            with one_thread():
+                score = plan.tasks[task].score(features.pop(task), embedder.layer_names)
             record = {**score.to_json(), "kind": embedder.kind, "label": embedder.label, "domain": domains[task]}
             write_json(_path(folder, model.name, task), record)
             logger.info("evaluate: %s on %s: %s %.4f (%s)", embedder.label, task, score.metric, score.value, score.layer)
@@ -49,6 +53,17 @@ def score_models(models: list[Model], plan: Plan, domains: Mapping[str, str], lo
         task: {model.name: {**read_json(_path(folder, model.name, task)), "order": [i, j]} for j, model in enumerate(models)}
         for i, task in enumerate(plan.tasks)
     }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one CPU thread: probes are too small to share out, and their sums stay in one order on every machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def ordered(scores: Scores) -> Scores:

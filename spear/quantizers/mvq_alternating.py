@@ -30,6 +30,7 @@ _KMEANS_FRAMES = 50
 _KMEANS_ITERS = 8
 _DISCRIMINANT_SHRINKAGE = 0.01
 _QUIET_ROUNDS = 2
+_JUDGED_FRAMES = 2000
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class _State:
     best_centers: Tensor
     best_codes: Tensor
     best_loss: float
+    best_made: int
 
     def save(self, path: Path, signature: str) -> None:
         tensors = {
@@ -63,6 +65,7 @@ class _State:
             "best_centers": self.best_centers,
             "best_codes": self.best_codes.short(),
             "made": torch.tensor(self.made),
+            "best_made": torch.tensor(self.best_made),
             "best_loss": torch.tensor(self.best_loss, dtype=torch.float64),
             "signature": torch.tensor(list(signature.encode()), dtype=torch.uint8),
         }
@@ -80,6 +83,7 @@ class _State:
             best_centers=tensors["best_centers"],
             best_codes=tensors["best_codes"].long(),
             best_loss=float(tensors["best_loss"]),
+            best_made=int(tensors["best_made"]),
         )
 
 
@@ -101,27 +105,25 @@ def fit_alternating(
         checkpoint: file to resume from and to save every round in. signature: what run the file belongs to.
     """
     last = settings.rounds + settings.polish_rounds
+    judged = heldout[:: max(1, len(heldout) // _JUDGED_FRAMES)]
     with Meter("quantizers: alternating fit", last + 1, unit="rounds") as meter:
         if checkpoint is not None and checkpoint.exists():
             state = _State.load(checkpoint, signature)
         else:
             centers, codes = start_centers(frames, blank.num_codebooks, blank.entries, seed)
-            state = _State(centers, codes, 0, centers, codes, float("inf"))
+            state = _State(centers, codes, 0, centers, codes, float("inf"), 0)
         meter.advance(state.made + 1)
-        best_round = state.made
-        while state.made < last:
+        while state.made < last and not (state.best_made and state.made - state.best_made >= _QUIET_ROUNDS):
             _round(state, frames, settings, seed)
             state.made += 1
-            if state.made >= settings.rounds:
-                loss = _judge(state, frames, heldout, blank)
+            if state.made > settings.rounds or state.made == last:
+                loss = _judge(state, frames, judged, blank)
                 if loss < state.best_loss:
-                    state.best_centers, state.best_codes, state.best_loss, best_round = state.centers, state.codes, loss, state.made
+                    state.best_centers, state.best_codes, state.best_loss, state.best_made = state.centers, state.codes, loss, state.made
                 logger.info("quantizers: round %d of %d, held-out relative loss %.5f", state.made, last, loss)
             if checkpoint is not None:
                 state.save(checkpoint, signature)
             meter.advance()
-            if state.made > settings.rounds and state.made - best_round >= _QUIET_ROUNDS:
-                break
     _fill(blank, state.best_centers, state.best_codes, frames)
     return blank
 

@@ -34,13 +34,13 @@ class MVQConfig(QuantizerConfig):
     """alternating: least squares by turns, short. reference: the two-phase gradient fit of multi_quantization, long."""
     frames_per_entry: int = 20
     """alternating: fewest frames per entry; with less data, codebooks use fewer entries."""
-    rounds: int = 10
+    rounds: int = 8
     """alternating: rounds of coordinate descent and least squares."""
     sweeps: int = 2
     """alternating: passes over the codebooks per round."""
-    polish_rounds: int = 3
+    polish_rounds: int = 2
     """alternating: most rounds with the encoder's own search, stopped early by the held-out loss."""
-    noise: float = 0.0
+    noise: float = 0.2
     """alternating: perturbation of the centres in the first round, relative to a codebook's share of the spread."""
     ridge: float = 1.0
     """alternating: weight, in frames, that holds a centre at its last place."""

@@ -50,7 +50,6 @@ def run(run: Run) -> None:
     if not run.recipe.teachers:
         logger.info("tokens: the recipe names no teachers, nothing to do")
     for name in run.recipe.teachers:
-        config = run.recipe.tokens
         corpora = corpora_of(name, run.corpora, run.teachers_of)
         if not corpora:
             logger.info("tokens: no corpus uses the teacher %s", name)

@@ -93,6 +93,8 @@ def test_report_shows_every_part_with_alternative_texts(page: str) -> None:
     assert "prefers-color-scheme: dark" in page
     assert 'name="viewport"' in page
     assert "#010203" not in page
+    # (256 + 251 + 248 + 256) of 4 * 256 entries
+    assert "<dt>entries in use</dt><dd>98.7%</dd>" in page
     assert "1.82 GiB" not in page
     assert "1.78 GiB" in page  # 1822 MiB of the pretrain stage
 

@@ -44,8 +44,9 @@ def test_block_mask_share_is_its_probability_and_blocks_are_whole() -> None:
 
 
 def test_block_mask_has_the_least_number_of_blocks() -> None:
-    mask = block_mask(torch.tensor([100, 30, 25]), 100, 0.0, 10, 2, generator())
-    assert mask.sum(1).tolist() == [20, 20, 19]  # the last item: both blocks but for the frame that is always spared
+    mask = block_mask(torch.tensor([100, 30, 25, 20, 9]), 100, 0.0, 10, 2, generator())
+    # an item of exactly two blocks keeps its last frame, one shorter than a block has no block
+    assert mask.sum(1).tolist() == [20, 20, 20, 19, 0]
 
 
 @pytest.mark.parametrize("mode", ["span", "block"])

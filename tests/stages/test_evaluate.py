@@ -93,7 +93,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             cuts = [make_cut(data / "audio", f"{domain}-{split}-{i}", domain, i, split) for i in range(count)]
             CutSet.from_cuts(cuts).to_file(make_folder(data / "manifests") / f"{domain}_cuts_{split}.jsonl.gz")
     KMeans(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)) - 8).save(make_folder(data / "quantizers" / "mel"))
-    write_json(data / "quantizers" / "mel" / "card.json", {"perplexity": [6.5], "usage": [1.0], "codebook_size": 8, "bits_per_frame": 3})
+    write_json(data / "quantizers" / "mel" / "card.json", {"perplexity": [6.5], "active_entries": [8], "codebook_size": 8, "bits_per_frame": 3})
     finish(data / "quantizers" / "mel", "quantizers")
     return data
 

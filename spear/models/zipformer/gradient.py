@@ -59,7 +59,7 @@ class ScaleGrad(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x of any shape."""
-        if not (self.training and x.requires_grad):
+        if not (self.training and x.requires_grad and torch.is_grad_enabled()):
             return x
         result: Tensor = _Scale.apply(x, self.scale)
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ class ZipformerStream:
         mask = hidden[:, ::factor][:, -(left + size) :]
         positions = stack.positions(size, left + size, x.device)
         for layer in stack.layers:
-            inner, state = layer_step(layer, inner, positions, mask, next(caches))
+            inner, state = layer_step(cast("ZipformerLayer", layer), inner, positions, mask, next(caches))
             new.append(state)
         if not isinstance(module, DownsampledStack):
             return inner

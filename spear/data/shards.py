@@ -41,7 +41,7 @@ class ShardsConfig:
     cuts_per_shard: int = 1000
     """Cuts in one set of tar files."""
     length_tolerance_frames: float = 2.0
-    """Most token frames that a cut may have more or fewer than its audio's duration times the token rate."""
+    """Most token frames that a cut may have more or fewer than its duration, the token rate and the time of the first frame say."""
     min_token_frames: int = 1
     """Fewest token frames of a cut."""
 
@@ -78,7 +78,8 @@ def check_codes(cut_id: str, teacher: str, codes: Codes, seconds: float, spec: T
     name = f"tokens of {teacher} for cut {cut_id}"
     if codes.ndim != 2 or codes.shape[1] != spec.num_codebooks:
         raise DataError(f"{name}: must have the shape (T, {spec.num_codebooks}), but have {codes.shape}", cause="tokens")
-    expected = seconds * spec.frame_rate_hz
+    # a first frame centred at f sees 2 f seconds, and so does the last
+    expected = (seconds - 2 * spec.first_frame_s) * spec.frame_rate_hz + 1
     if len(codes) < config.min_token_frames or abs(len(codes) - expected) > config.length_tolerance_frames:
         raise DataError(
             f"{name}: must have {expected:.1f} frames for {seconds:.3f} s at {spec.frame_rate_hz:g} Hz "

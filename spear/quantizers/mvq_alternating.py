@@ -4,8 +4,8 @@ Start: product k-means on groups of principal directions with balanced variance.
 the codebooks on perturbed centres (noise falls to zero, so that poor local optima are left), then a closed-form update of all
 centres at once. Polish: the search that encoding will use takes the place of the sweeps; the round with the lowest held-out loss
 is kept. The predictor of the codes is then a linear discriminant analysis, in closed form too.
-Sources: local search quantisation with stochastic relaxation (arXiv:1809.03312 for both ideas), optimised product quantisation
-(doi:10.1109/TPAMI.2013.240 for the balanced start).
+Sources: local search quantisation with stochastic relaxation (Martinez et al., ECCV 2018), optimised product quantisation
+(Ge et al., CVPR 2013) for the balanced start.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ one of multi_quantization (k2-fsa, Apache-2.0) and returns the same indexes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -75,17 +78,34 @@ def refine(tables: Tables, costs: Tensor, codes: Tensor, iters: int) -> Tensor:
     offsets = torch.arange(codes.shape[1], device=codes.device) * tables.size
     step = LIST_FRAMES if codes.device.type == "cpu" else BLOCK_FRAMES
     active = torch.arange(len(codes), device=codes.device)
-    for _ in range(iters):
-        changed = []
-        for rows in active.split(step):
+    inference = torch.is_inference_mode_enabled()
+
+    def search(rows: Tensor) -> Tensor:
+        """Refine some frames; those that changed."""
+        with torch.inference_mode(inference):  # a thread does not inherit it
             old = codes[rows]
             new = _merge_search(tables, costs[rows], old + offsets) - offsets
             codes[rows] = new
-            changed.append(rows[(new != old).any(dim=1)])
-        active = torch.cat(changed) if changed else active
-        if not len(active):
-            break
+            return rows[(new != old).any(dim=1)]
+
+    with _workers(codes.device) as run:
+        for _ in range(iters):
+            changed = list(run(search, active.split(step)))
+            active = torch.cat(changed) if changed else active
+            if not len(active):
+                break
     return codes
+
+
+@contextmanager
+def _workers(device: torch.device) -> Iterator[Callable[[Callable[[Tensor], Tensor], Iterable[Tensor]], Iterable[Tensor]]]:
+    """A `map` that uses torch's number of threads on a CPU, one list of frames each: its operations are too small to be split well."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool.map
 
 
 class _Lists(NamedTuple):

@@ -283,8 +283,7 @@ def contents(folder: Path, leave_out: Callable[[str], bool] = lambda name: False
 class Processes:
     """Commands in fresh processes. Use as a context manager.
 
-    A command can be told to die, as if by SIGKILL, at its n-th change of a name (rename, removal, new folder) below `root`, just before or
-    just after that change; or to rest at every change, so that a signal meets it on the way.
+    A command can be told to die, as if by SIGKILL, or to rest at changes of names below `root`, see `Changes`.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -301,12 +300,13 @@ class Processes:
         self._helper.communicate()
 
     def _ask(self, **request: object) -> int:
-        assert self._helper.stdin is not None and self._helper.stdout is not None
+        assert self._helper.stdin is not None
+        assert self._helper.stdout is not None
         self._helper.stdin.write(json.dumps(request) + "\n")
         self._helper.stdin.flush()
         return int(self._helper.stdout.readline())
 
-    def start(self, arguments: Sequence[str], *, root: Path, die_at: int = 0, after: bool = False, rest_s: float = 0.0) -> int:
+    def start(self, arguments: Sequence[str], *, root: Path, die_at: int | str = 0, after: bool = False, rest_s: float = 0.0) -> int:
         """Start a command; returns its process id."""
         return self._ask(start=list(arguments), log=str(self._log), root=str(root), die_at=die_at, after=after, rest_s=rest_s)
 
@@ -323,30 +323,50 @@ class Processes:
         return self._log.read_text()
 
 
-class _Changes:
-    """Counts changes of names below a folder in this process, and dies or rests at them."""
+class Changes:
+    """Counts the changes of names below a folder by this process, and dies or rests at them. Use as a context manager.
+
+    Args:
+        root: of the folders to watch. die_at: number of the change to die at, or the name of a file to die at when it appears; 0 lives.
+        after: die just after the change, else just before it. rest_s: pause before every change.
+    """
 
     NAMES = ("replace", "rename", "unlink", "remove", "mkdir", "rmdir")
 
-    def __init__(self, root: str, die_at: int, after: bool, rest_s: float) -> None:
-        self.root, self.die_at, self.after, self.rest_s = root, die_at, after, rest_s
+    def __init__(self, root: Path, die_at: int | str = 0, *, after: bool = False, rest_s: float = 0.0) -> None:
+        self.root, self.die_at, self.after, self.rest_s = str(root), die_at, after, rest_s
         self.count = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Changes:
         for name in self.NAMES:
-            setattr(os, name, self._watched(getattr(os, name)))
+            self._stack.enter_context(mock.patch.object(os, name, self._watched(getattr(os, name))))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _counts(self, change: str, path: Any, options: dict[str, Any]) -> bool:
+        """Whether a change is below the root and really changes something."""
+        if options.get("dir_fd") is not None:  # the inside of a folder that is removed
+            return True
+        return str(path).startswith(self.root) and os.path.lexists(path) != (change == "mkdir")
 
     def _watched(self, change: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(change)
         def watched(*arguments: Any, **options: Any) -> None:
-            if options.get("dir_fd") is None and not str(arguments[0]).startswith(self.root):
-                return change(*arguments, **options)
+            if not self._counts(change.__name__, arguments[0], options):
+                change(*arguments, **options)
+                return
             self.count += 1
             time.sleep(self.rest_s)
-            if self.count == self.die_at and not self.after:
+            appears = Path(arguments[1]).name if change.__name__ in ("replace", "rename") else None
+            dies = self.die_at in (self.count, appears)
+            if dies and not self.after:
                 os._exit(DIED)
             change(*arguments, **options)
-            if self.count == self.die_at:
+            if dies:
                 os._exit(DIED)
-            return None
 
         return watched
 
@@ -373,7 +393,7 @@ def _child(request: dict[str, Any]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    _Changes(request["root"], request["die_at"], request["after"], request["rest_s"])
+    Changes(Path(request["root"]), request["die_at"], after=request["after"], rest_s=request["rest_s"]).__enter__()
     code = 70
     try:
         code = main(request["start"])
@@ -396,7 +416,8 @@ def _serve() -> None:
             if answer == 0:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 _child(request)
-        print(answer, flush=True)
+        sys.stdout.write(f"{answer}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -31,8 +31,12 @@ digits_cuts=(--cuts-train $corpus/digits/cuts_train.jsonl.gz --cuts-valid $corpu
 sounds_cuts=(--cuts-train $corpus/sounds/cuts_train.jsonl.gz --cuts-valid $corpus/sounds/cuts_valid.jsonl.gz --cuts-test $corpus/sounds/cuts_test.jsonl.gz)
 
 run_stage -2 corpora python local/prepare.py --fsdd "$FSDD" --esc50 "$ESC50" --out $corpus
-run_stage -1 "speech teacher" python ../shared/train_teacher.py --model wavlm --tier word "${digits_cuts[@]}" --steps 800 --batch-size 8 --out "$data/teachers/speech"
-run_stage -1 "audio teacher" python ../shared/train_teacher.py --model wav2vec2-bert --label label "${sounds_cuts[@]}" --steps 200 --batch-size 16 --crop-s 3 --out "$data/teachers/audio"
+train_teachers() {
+  python ../shared/train_teacher.py --model wavlm --tier word "${digits_cuts[@]}" --steps 800 --batch-size 8 --threads 1 --out "$data/teachers/speech" &
+  python ../shared/train_teacher.py --model wav2vec2-bert --label label "${sounds_cuts[@]}" --steps 300 --batch-size 16 --crop-s 3 --threads 1 --out "$data/teachers/audio" &
+  together
+}
+run_stage -1 "two teachers" train_teachers
 run_stage 0 manifests spear manifests "${options[@]}"
 run_stage 1 features spear features "${options[@]}"
 run_stage 2 quantizers spear quantizers "${options[@]}"

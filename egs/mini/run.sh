@@ -24,8 +24,13 @@ sounds_cuts=(--cuts-train $corpus/sounds/cuts_train.jsonl.gz --cuts-valid $corpu
 
 run_stage -2 "corpus of speech" python local/make_speech.py --config conf/corpus.yaml --out $corpus/speech
 run_stage -2 "corpus of sounds" python local/make_sounds.py --config conf/corpus.yaml --out $corpus/sounds
-run_stage -1 "speech teacher" python ../shared/train_teacher.py --model wavlm --tier phone "${speech_cuts[@]}" --steps 800 --batch-size 8 --out "$data/teachers/speech"
-run_stage -1 "audio teacher" python ../shared/train_teacher.py --model wav2vec2-bert --label label "${sounds_cuts[@]}" --steps 400 --batch-size 16 --out "$data/teachers/audio"
+# on two cores, two trainings of one thread each end sooner than one after the other on two threads
+train_teachers() {
+  python ../shared/train_teacher.py --model wavlm --tier phone "${speech_cuts[@]}" --steps 600 --batch-size 12 --threads 1 --out "$data/teachers/speech" &
+  python ../shared/train_teacher.py --model wav2vec2-bert --label label "${sounds_cuts[@]}" --steps 400 --threads 1 --out "$data/teachers/audio" &
+  together
+}
+run_stage -1 "two teachers" train_teachers
 run_stage 0 manifests spear manifests "${options[@]}"
 run_stage 1 features spear features "${options[@]}"
 run_stage 2 quantizers spear quantizers "${options[@]}"

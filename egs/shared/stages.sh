@@ -50,3 +50,11 @@ run_stage() {
     exit "$code"
   fi
 }
+
+# Wait for all background jobs of a stage that is a function, e.g. two trainings on one thread each; a signal goes to every one.
+together() {
+  local code=0 pid
+  trap 'kill -TERM $(jobs -p) 2>/dev/null' INT TERM
+  for pid in $(jobs -p); do wait "$pid" || code=$?; done
+  return "$code"
+}

@@ -42,12 +42,16 @@ def load_yaml(path: Path, *, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Any, over: Any) -> Any:
-    """Lay `over` on `base`, key by key; a mapping whose ``type`` differs replaces, everything else that is no mapping too."""
+    """Lay `over` on `base`, key by key.
+
+    A mapping whose ``type`` differs replaces, null takes a mapping away, and everything else that is no mapping replaces.
+    """
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     if "type" in over and over["type"] != base.get("type", over["type"]):
         return over
-    return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
+    merged = {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
+    return {key: value for key, value in merged.items() if not (value is None and isinstance(base.get(key), dict))}
 
 
 def apply_set(value: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

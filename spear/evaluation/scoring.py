@@ -37,6 +37,8 @@ def score_models(models: list[Model], plan: Plan, domains: Mapping[str, str], lo
     Returns:
         task -> model -> score, also when all came from files.
     """
+    for leftover in (folder / PARTIAL).rglob(".*.tmp"):  # of a killed run
+        leftover.unlink()
     for model in models:
         missing = [task for task in plan.tasks if not _path(folder, model.name, task).exists()]
         if not missing:

@@ -6,7 +6,7 @@ import logging
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class Artifact:
         if not path.exists():
             return False
         self._check(read_json(path))
+        with suppress(OSError):  # a finished folder on a read-only disk is good as it is
+            self._remove_leftovers()
+            if (self.folder / UNFINISHED).exists():
+                (self.folder / UNFINISHED).unlink()
         logger.info("%s: finished already, nothing to do (%s)", self.identity["kind"], self.folder)
         return True
 
@@ -67,6 +71,12 @@ class Artifact:
             f"{f' and {len(changes) - 3} more' if len(changes) > 3 else ''}; remove that folder or choose another one"
         )
 
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files that a killed process left (see `spear.files.write_atomic`)."""
+        for path in self.folder.glob(".*.tmp"):
+            if path.is_file():
+                path.unlink()
+
     @contextmanager
     def making(self) -> Iterator[Record]:
         """Guard the folder while a stage fills it; on a clean exit, write ``artifact.json``.
@@ -77,6 +87,7 @@ class Artifact:
         guard = self.folder / UNFINISHED
         if guard.exists():
             self._check(read_json(guard))
+            self._remove_leftovers()
             logger.info("%s: resuming %s", self.identity["kind"], self.folder)
         else:
             write_json(guard, {**self.identity, "fingerprint": self.fingerprint})

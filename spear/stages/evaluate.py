@@ -30,7 +30,7 @@ from spear.models.masking import draw_masks
 from spear.quantizers import load_quantizer
 from spear.quantizers.base import Quantizer
 from spear.recipe import Run
-from spear.stages.artifact import Artifact, fingerprint_of
+from spear.stages.artifact import DONE, Artifact, fingerprint_of
 from spear.teachers.base import Teacher, TeacherConfig, extract
 from spear.types import EncoderOutput
 
@@ -47,7 +47,10 @@ def run(run: Run) -> None:
     folder, recipe = run.exp / "evaluate", run.recipe
     corpora = {name: corpora_of(name, config, run.corpora) for name, config in recipe.evaluation.tasks.items()}
     artifact = Artifact(folder, kind="evaluate", config=identity(run), inputs=inputs_of(run, corpora))
+    report = folder / "report.html"
     if artifact.is_done():
+        if not report.exists() or report.stat().st_mtime_ns < (folder / DONE).stat().st_mtime_ns:  # killed before it knew its own cost
+            write_report([run.exp], report)
         return
     logger.info("evaluate: %d tasks", len(corpora))
     with artifact.making() as record:
@@ -63,9 +66,8 @@ def run(run: Run) -> None:
         cuts = [cut for split in SPLITS for batch in plan.batches[split] for cut in batch]
         record.counts.update(tasks=len(corpora), models=len(models), cuts=len(cuts))
         record.audio_s = sum(cut.duration for cut in cuts)
-        write_report([run.exp], folder / "report.html")
-    # once more, now that the cost of this stage is known too
-    write_report([run.exp], folder / "report.html")
+    # last, as the cost of this stage is known now
+    write_report([run.exp], report)
 
 
 class Evaluator:

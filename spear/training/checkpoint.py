@@ -91,9 +91,16 @@ def save_checkpoint(folder: Path, state: TrainingState, module: nn.Module, avera
     return path
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints, and what a killed process left half written."""
-    for _, path in find_checkpoints(folder)[:-keep]:
+def prune_checkpoints(folder: Path, keep: int, every: int = 1) -> None:
+    """Delete all but the last `keep` checkpoints, and what a killed process left half written.
+
+    An earlier checkpoint that is not of a multiple of `every` updates was saved on a signal; it goes, too, so that a run that was stopped
+    and continued ends with the checkpoints of one that was not.
+    """
+    found = find_checkpoints(folder)
+    regular = [path for step, path in found[:-1] if step % every == 0]
+    kept = [*regular, *(path for _, path in found[-1:])][-keep:]
+    for path in (path for _, path in found if path not in kept):
         doomed = path.with_name(f".{path.name}.tmp")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -216,8 +216,11 @@ class Trainer:
         self.state.ranks = self.world.gather({"metrics": self.window.state(), "modules": checkpoint.module_states(self.module)})
         if self.world.is_main:
             path = checkpoint.save_checkpoint(self.folder, self.state, self.module, self.average, self.optimizer)
-            checkpoint.prune_checkpoints(self.folder, self.config.keep_checkpoints)
+            self._prune()
             logger.info("saved %s", path)
+
+    def _prune(self) -> None:
+        checkpoint.prune_checkpoints(self.folder, self.config.keep_checkpoints, self.config.save_every)
 
     def _resume(self) -> None:
         found = self.world.gather(checkpoint.find_checkpoints(self.folder) if self.world.is_main else [])[0]
@@ -230,6 +233,8 @@ class Trainer:
         for remembered in ranks[rank :: self.world.size]:
             self.window.add_state(remembered["metrics"], self.device)
         self.logged_s = self.state.seconds
+        if self.world.is_main:
+            self._prune()
         logger.info("continuing from %s", found[-1][1])
 
     def _due(self, every: int) -> bool:

@@ -95,6 +95,12 @@ def test_include_lays_keys_over_the_included_file(tmp_path: Path) -> None:
     assert (config.name, config.inner, config.shapes["x"]) == ("base", Inner(rate=0.1, count=1), Box())
 
 
+def test_null_takes_a_mapping_of_the_included_file_away(tmp_path: Path) -> None:
+    write(tmp_path, "{name: base, limit: 2.0, shapes: {x: {type: circle}, y: {type: box}}}", "base.yaml")
+    config = load_config(Root, write(tmp_path, "include: base.yaml\nlimit: null\nshapes: {x: null}\n"))
+    assert (config.shapes, config.limit) == ({"y": Box()}, None)
+
+
 def test_include_raises_config_error_when_circular(tmp_path: Path) -> None:
     path = write(tmp_path, "include: r.yaml")
     with pytest.raises(ConfigError, match="includes itself"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,19 +110,26 @@ def draw_trials(ids: Sequence[str], speakers: Sequence[str], num_trials: int, se
     if len(groups) < 2 or not several:
         raise DataError(f"trials need two speakers outside the train split, one of them with two cuts, but {len(groups)} speakers are left")
     rng = np.random.default_rng(seed)
-    same: dict[tuple[int, int], None] = {}
-    other: dict[tuple[int, int], None] = {}
+    same = _all_if_few(itertools.chain.from_iterable(itertools.combinations(group, 2) for group in several), num_trials)
+    other = _all_if_few(itertools.chain.from_iterable(itertools.product(*two) for two in itertools.combinations(groups, 2)), num_trials)
+    most_same, most_other = len(same) or num_trials, len(other) or num_trials
     for _ in range(20 * num_trials):
-        if len(same) < num_trials:
+        if len(same) == most_same and len(other) == most_other:
+            break
+        if len(same) < most_same:
             group = several[rng.integers(len(several))]
             first, second = (group[i] for i in rng.choice(len(group), 2, replace=False))
             same[min(first, second), max(first, second)] = None
-        if len(other) < num_trials:
+        if len(other) < most_other:
             first, second = (groups[i][rng.integers(len(groups[i]))] for i in rng.choice(len(groups), 2, replace=False))
             other[min(first, second), max(first, second)] = None
-        if len(same) == len(other) == num_trials:
-            break
     return Trials(np.array([*same, *other]), np.arange(len(same) + len(other)) < len(same))
+
+
+def _all_if_few(pairs: Iterator[tuple[int, int]], limit: int) -> dict[tuple[int, int], None]:
+    """Every pair where there are at most `limit`, as drawing the last of them would take long; else none."""
+    found = list(itertools.islice(pairs, limit + 1))
+    return {(min(pair), max(pair)): None for pair in found} if len(found) <= limit else {}
 
 
 def directions(vectors: Array) -> Array:

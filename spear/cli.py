@@ -18,14 +18,14 @@ from spear.errors import SpearError, StopRequested
 
 OK, USER_ERROR, STOPPED = 0, 1, 3
 STAGES = {
-    "manifests": "audio -> Lhotse cuts, checked",
-    "features": "a seeded sample of frozen teacher frames, enough to fit a quantizer",
-    "quantizers": "fit one quantizer per teacher, with its card",
-    "tokens": "audio -> teacher -> codes, in one pass",
-    "shards": "audio and tokens of every cut into Lhotse Shar",
-    "pretrain": "train the student on masked log-mels",
-    "export": "averaged encoder as a Hugging Face folder",
-    "evaluate": "frozen-encoder probes and the HTML report",
+    "manifests": "audio -> checked Lhotse cuts, DATA/manifests",
+    "features": "a seeded sample of frozen teacher frames, enough to fit a quantizer, DATA/features/<teacher>",
+    "quantizers": "one fitted quantizer per teacher, with its card, DATA/quantizers/<teacher>",
+    "tokens": "audio -> teacher -> codes in one pass, DATA/tokens/<teacher>/<corpus>/<split>",
+    "shards": "audio and tokens of every cut as Lhotse Shar, DATA/shards/<corpus>",
+    "pretrain": "train the student on masked log-mels; checkpoints and metrics.jsonl in EXP",
+    "export": "averaged encoder as a Hugging Face folder, EXP/export",
+    "evaluate": "frozen-encoder probes, scores.json and report.html, EXP/evaluate",
 }
 EPILOG = "exit codes: 0 done, 1 something you can fix (one line says what), 2 wrong usage, 3 stopped on a signal after saving"
 
@@ -59,21 +59,23 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spear", description=__import__("spear").__doc__, epilog=EPILOG, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="spear", description="One encoder for speech and sound, distilled from any number of frozen teachers.", epilog=EPILOG, allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"spear {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in STAGES.items():
         stage = _add(commands, name, text, _run_stage, stage=name)
+        stage.description = f"{text}. Run again: it resumes, or says that there is nothing to do. See docs/stages.md."
         _run_options(stage)
     _run_options(_add(commands, "preflight", "find what would go wrong, and estimate time and disk, before hours are spent", _preflight))
     _add(commands, "doctor", "what is installed, what is missing, and what each missing thing costs", _doctor)
     tool = _add(commands, "import", "released SPEAR folder or icefall checkpoint -> export folder", _import)
-    tool.add_argument("src", type=Path, metavar="SRC", help="folder in the Hugging Face layout, or an icefall .pt checkpoint")
+    tool.add_argument("src", type=Path, metavar="SRC", help="folder in the Hugging Face layout, Hugging Face id, or an icefall .pt checkpoint")
     tool.add_argument("out", type=Path, metavar="OUT", help="export folder to write")
     tool = _add(commands, "encode", "features of audio files, one .npz each", _encode)
     tool.add_argument("export", metavar="EXPORT", help="export folder or Hugging Face id")
-    tool.add_argument("audio", nargs="+", type=Path, metavar="AUDIO")
-    tool.add_argument("--out", type=Path, required=True, metavar="DIR")
+    _audio_options(tool)
     tool.add_argument(
         "--layer", default="last", metavar="N|all|last", help="hidden state to write (0 is the first layer); default: last, the encoder's output"
     )
@@ -84,11 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     tool.add_argument("--layer", type=int, metavar="N", help="hidden state of --teacher-dir; default: its last output")
     tool.add_argument("--quantizer", type=Path, required=True, metavar="DIR", help="fitted quantizer, DATA/quantizers/<teacher>")
     tool.add_argument("--data", type=Path, metavar="DIR", help="folder that a recipe's relative model paths start from")
-    tool.add_argument("audio", nargs="+", type=Path, metavar="AUDIO")
-    tool.add_argument("--out", type=Path, required=True, metavar="DIR")
+    _audio_options(tool)
     tool = _add(commands, "report", "one HTML page, several runs side by side", _report)
-    tool.add_argument("exp", nargs="+", type=Path, metavar="EXP")
-    tool.add_argument("--out", type=Path, metavar="FILE", help="default: EXP/evaluate/report.html of the first run (one run) or report.html here")
+    tool.add_argument("exp", nargs="+", type=Path, metavar="EXP", help="folder of a run that was evaluated")
+    tool.add_argument(
+        "--out", type=Path, metavar="FILE", help="page to write; default: EXP/evaluate/report.html for one run, ./report.html for several"
+    )
     return parser
 
 
@@ -104,6 +107,11 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of manifests, features, quantizers, tokens, shards")
     parser.add_argument("--exp", type=Path, required=True, metavar="DIR", help="folder of this run: checkpoints, export, evaluation")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override one key of the recipe; repeatable")
+
+
+def _audio_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("audio", nargs="+", type=Path, metavar="AUDIO", help="audio file of any rate; channels are averaged")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the .npz files")
 
 
 def _load(options: argparse.Namespace) -> Any:

@@ -1,4 +1,5 @@
-"""A tiny run from audio to report and what its tests need: the command in this process or in a fresh one that dies where it is told to.
+"""A tiny run from audio to report and what its tests need: the command in this process or in a fresh one that dies where it is told to,
+and disks that are full or read-only.
 
 Run as a program (``python -m tests.road``) it is the helper behind `Processes`: it imports the package once and forks for every
 command, so that a fresh process costs no import.
@@ -7,6 +8,7 @@ command, so that a fresh process costs no import.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import io
 import json
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from lhotse import SupervisionSegment
 from lhotse.cut import MonoCut
@@ -280,6 +283,27 @@ def contents(folder: Path, leave_out: Callable[[str], bool] = lambda name: False
     return found
 
 
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A small memory disk at `folder`; skips where the system does not allow it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, options.encode()) != 0:
+        pytest.skip(f"mounting a tmpfs is not permitted here: {os.strerror(ctypes.get_errno())}")
+    try:
+        yield
+    finally:
+        libc.umount2(os.fsencode(folder), 2)
+
+
+def make_read_only(folder: Path) -> None:
+    """Mount the memory disk at `folder` again, read-only."""
+    remount, read_only = 32, 1
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", remount | read_only, None) != 0:
+        pytest.skip(f"a read-only mount is not permitted here: {os.strerror(ctypes.get_errno())}")
+
+
 class Processes:
     """Commands in fresh processes. Use as a context manager.
 
@@ -350,7 +374,9 @@ class Changes:
         """Whether a change is below the root and really changes something."""
         if options.get("dir_fd") is not None:  # the inside of a folder that is removed
             return True
-        return str(path).startswith(self.root) and os.path.lexists(path) != (change == "mkdir")
+        if not str(path).startswith(self.root):
+            return False
+        return os.path.isdir(os.path.dirname(path)) and not os.path.lexists(path) if change == "mkdir" else os.path.lexists(path)
 
     def _watched(self, change: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(change)

@@ -30,7 +30,7 @@ import torch
 import spear
 from spear.training.checkpoint import find_checkpoints
 from tests.data.cuts import save, tone
-from tests.road import DIED, MODELS, STAGES, TASKS, Changes, Outcome, Processes, Road, command, contents, make_road
+from tests.road import DIED, MODELS, STAGES, TASKS, Changes, Outcome, Processes, Road, command, contents, make_read_only, make_road, mounted
 
 pytestmark = pytest.mark.xdist_group("road")
 MEASURED = re.compile(r"timing\.jsonl|tensorboard(/.*)?|report\.html")
@@ -80,7 +80,7 @@ def outputs(road: Road, stage: str) -> dict[str, Any]:
 def assert_same(road: Road, new: Road, stage: str) -> None:
     """Same names and bytes; the report, whose bytes differ, has the same rows of costs."""
     if stage == "evaluate":
-        rows = [re.findall(r"<td>(\w+)</td>", (run.exp / "evaluate" / "report.html").read_text()) for run in (road, new)]
+        rows = [re.findall(r'<th scope="row">(\w+)</th>', (run.exp / "evaluate" / "report.html").read_text()) for run in (road, new)]
         assert set(STAGES) <= set(rows[0])
         assert rows[1] == rows[0]
     expected, found = outputs(road, stage), outputs(new, stage)
@@ -195,7 +195,7 @@ def test_road_encode_writes_frames(road: Road, tmp_path: Path, layer: str, shape
     assert outcome.code == 0
     with np.load(tmp_path / "out" / "a.npz") as found:
         assert found["features"].shape[1:] == shape
-        assert abs(len(found["features"]) - 75) <= 3
+        assert abs(len(found["features"]) - 75) <= 5
         assert float(found["frame_rate_hz"]) == 50
 
 
@@ -251,6 +251,16 @@ def test_road_stage_killed_once_anywhere_ends_in_the_same_bytes(built: Built, pr
         assert processes.run(new.arguments(stage), root=tmp_path, die_at=die_at, after=after) == DIED
         assert processes.run(new.arguments(stage), root=tmp_path) == 0, processes.output()
         assert_same(built.road, new, stage)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "export", "evaluate"])
+def test_road_stage_exits_1_when_its_folder_is_read_only(road: Road, tmp_path: Path, stage: str) -> None:
+    """The stages before these have such a test of their own, see test_bad_input.py."""
+    new = road.copy(tmp_path, stage)
+    folder = new.made_by(stage)
+    with mounted(folder, "size=8m"):
+        make_read_only(folder)
+        assert re.match(rf"cannot write {folder}/\S+: the file system is read-only", command(*new.arguments(stage)).error())
 
 
 def start_pretrain(processes: Processes, new: Road, saved: int = 2) -> int:

@@ -11,8 +11,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 OLDEST, NEWEST = (3, 10), (3, 13)
 
 REQUIRED = {
@@ -25,6 +23,7 @@ REQUIRED = {
     "safetensors": "weights are neither read nor written",
     "soundfile": "audio is not read",
     "draccus": "recipes are not read",
+    "yaml": "recipes are not read",
     "rich": "there is no progress bar",
     "tensorboard": "there are no TensorBoard logs",
     "sklearn": "there is no k-means quantizer",
@@ -36,7 +35,7 @@ OPTIONAL = {
     "multi_quantization": "tools/bench_mvq.py has nothing to compare with; install the extra [dev]",
     "torchaudio": "nothing in spear; teachers that bring their own code may want it",
 }
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "espeakng_loader": "espeakng-loader"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "espeakng_loader": "espeakng-loader", "yaml": "PyYAML"}
 
 
 def version(module: str) -> str | None:
@@ -54,7 +53,7 @@ def doctor(say: Callable[[str], None]) -> int:
     broken = 0
     here = sys.version_info[:2]
     fits = OLDEST <= here <= NEWEST
-    say(f"{'ok     ' if fits else 'untried'} Python {platform.python_version()} (tested: 3.10 to 3.13)")
+    say(f"{'ok     ' if fits else 'untried'} Python {platform.python_version()} (supported: 3.10 to 3.13)")
     for module, cost in REQUIRED.items():
         found = version(module)
         broken += found is None
@@ -62,13 +61,21 @@ def doctor(say: Callable[[str], None]) -> int:
     for module, cost in OPTIONAL.items():
         found = version(module)
         say(f"ok      {module} {found} (optional)" if found else f"absent  {module} (optional): {cost}")
-    say(f"ok      {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads")
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            say(f"ok      GPU {index}: {torch.cuda.get_device_name(index)}")
-    else:
-        say("absent  GPU: teachers and pre-training run on the CPU, enough for the mini road and nothing bigger")
+    _say_processors(say)
     say(f"ok      {shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here")
     offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
     say(f"ok      Hugging Face hub {'offline by environment: teachers must be local folders' if offline else 'allowed'}")
     return 1 if broken else 0
+
+
+def _say_processors(say: Callable[[str], None]) -> None:
+    """CPU cores and GPUs, as far as torch is there to tell."""
+    say(f"ok      {os.cpu_count()} CPU cores")
+    if version("torch") is None:
+        return
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        say(f"ok      GPU {index}: {torch.cuda.get_device_name(index)}")
+    if not torch.cuda.is_available():
+        say("absent  GPU: teachers and pre-training run on the CPU, enough for the mini road and nothing bigger")

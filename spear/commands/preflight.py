@@ -154,9 +154,8 @@ def _estimate(run: Run, hours: dict[str, float], specs: dict[str, TokenSpec], fo
     if "pretrain" in found.speeds:
         recipe = run.recipe
         audio_h = recipe.training.max_steps * recipe.training.accumulation * recipe.sampling.max_batch_s / 3600
-        found.say(
-            f"note    pretrain: {recipe.training.max_steps} updates, {audio_h:.1f} h of audio, about {audio_h / found.speeds['pretrain']:.2f} h here on one process"
-        )
+        took = audio_h / found.speeds["pretrain"]
+        found.say(f"note    pretrain: {recipe.training.max_steps} updates, {audio_h:.1f} h of audio, about {took:.2f} h here on one process")
     existing = next(path for path in (run.data, *run.data.resolve().parents, Path()) if path.exists())
     free = shutil.disk_usage(existing).free
     found.say(f"note    {total_bytes / 1e9:.2f} GB needed for tokens and shards, {free / 1e9:.0f} GB free in {existing}")

@@ -75,7 +75,7 @@ class MaskedPrediction(Objective):
 
     For teacher k with codebooks 1..C and frame weight a = 2 (alpha m + (1 - alpha)(1 - m)), m = 1 on masked frames,
     the loss is the sum over cuts n and frames t of weights[domain_n][k] a_t mean_c CE(logits_c, token_c), and the count is
-    the number of student frames with at least one target.
+    the number of student frames with at least one target. In evaluation, where nothing is masked, a = 1.
     """
 
     def __init__(self, config: MaskedPredictionConfig, encoder: Encoder, specs: dict[str, TokenSpec]) -> None:
@@ -94,6 +94,8 @@ class MaskedPrediction(Objective):
         features, masked = output.features[:, delay:], (output.masked_share[:, delay:] >= 0.5).float()
         lens = (output.lens - delay).clamp(min=0)
         frame_weight = 2 * (self.config.alpha * masked + (1 - self.config.alpha) * (1 - masked))  # (N, T)
+        if not self.training:
+            frame_weight = torch.ones_like(frame_weight)  # nothing is masked
         total = features.new_zeros((), dtype=torch.float32)
         covered = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
         metrics: dict[str, Tensor] = {}
@@ -107,9 +109,7 @@ class MaskedPrediction(Objective):
             metrics.update(self._metrics(name, terms, batch.domains))
         frames = torch.arange(features.shape[1], device=features.device) < lens[:, None]
         metrics["masked_share"] = torch.stack([masked[frames].sum(), frames.sum().float()]).detach()
-        count = covered.sum()
-        metrics["loss"] = torch.stack([total.detach(), count.float()])
-        return StepOutput(total, count, metrics)
+        return StepOutput(total, covered.sum(), metrics)
 
     def _terms(self, name: str, features: Tensor, targets: Tensor, valid: Tensor) -> _Terms:
         """Only valid frames reach the head; with none, the head still joins the graph so that DDP sees its gradient."""

@@ -15,6 +15,7 @@ import torch
 
 from spear.errors import ArtifactError
 from spear.files import make_folder, read_json, sha256_json, write_json
+from spear.stages import STAGES
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +88,10 @@ class Artifact:
         guard = self.folder / UNFINISHED
         if guard.exists():
             self._check(read_json(guard))
-            self._remove_leftovers()
             logger.info("%s: resuming %s", self.identity["kind"], self.folder)
         else:
             write_json(guard, {**self.identity, "fingerprint": self.fingerprint})
+        self._remove_leftovers()
         record, start = Record(), time.monotonic()
         yield record
         measured = {"wall_s": round(time.monotonic() - start, 3), "peak_memory_mb": round(peak_memory_mb(), 1)}
@@ -138,7 +139,8 @@ def read_artifact(folder: Path) -> dict[str, Any]:
     path = folder / DONE
     if not path.exists():
         state = "is unfinished" if folder.exists() else "does not exist"
-        raise ArtifactError(f"{folder} {state}: run the stage that makes it first")
+        stage = next((part for part in reversed(folder.parts) if part in STAGES), "pretrain")
+        raise ArtifactError(f"{folder} {state}: run `spear {stage}` first")
     found: dict[str, Any] = read_json(path)
     return found
 

@@ -15,7 +15,7 @@ from lhotse import CutSet
 from lhotse.cut import MonoCut
 
 from spear.config import to_json
-from spear.data.corpora import SPLITS, CorpusConfig, ManifestsConfig, SourceConfig, SourceItem
+from spear.data.corpora import SPLITS, CorpusConfig, ManifestsConfig, SourceItem
 from spear.data.prepare import Prepared, prepare
 from spear.errors import DataError
 from spear.files import read_json, seed_from, write_atomic, write_json, write_text
@@ -67,10 +67,10 @@ def run(run: Run) -> None:
 
 
 def _identity(corpora: list[CorpusConfig], config: ManifestsConfig) -> dict[str, Any]:
-    """Everything but the weights, which later stages read from the corpora file."""
+    """Settings the cuts depend on. Sources are inputs, by their fingerprints, so that a moved folder stays the same."""
     keys = ("domain", "min_duration_s", "max_duration_s")
-    named = {c.name: {**{key: getattr(c, key) for key in keys}, "source": to_json(c.source, SourceConfig)} for c in corpora}
-    return {"corpora": named, "manifests": to_json(config)}
+    named = {c.name: {key: getattr(c, key) for key in keys} for c in corpora}
+    return {"corpora": named, "manifests": {key: value for key, value in to_json(config).items() if key != "max_failed_share"}}
 
 
 def _make_split(data: Path, corpus: CorpusConfig, split: str, config: ManifestsConfig, taken: set[int]) -> dict[str, Any]:

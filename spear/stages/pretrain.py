@@ -12,7 +12,8 @@ from spear.data.source import TrainSource, ValidSource, make_sources
 from spear.files import seed_from
 from spear.models.student import Student
 from spear.objectives import PretrainModule
-from spear.stages.artifact import Artifact, Record, fingerprint_of
+from spear.stages.artifact import Artifact, Record, fingerprint_of, read_artifact
+from spear.stages.shards import check_teachers
 from spear.training import Trainer, TrainingResult, World, process_group
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ("seed", "student", "masking", "mixing", "sampling", "objective", "training")
 """Keys of the recipe that pre-training depends on; everything before it comes through the shards' fingerprints."""
+FREE = {"sampling": ("num_workers", "prefetch"), "training": ("device", "keep_checkpoints", "find_unused_parameters")}
+"""Settings that change how a run goes, but not what comes out; they may differ when it is continued."""
 
 
 def run(run: Run) -> None:
@@ -66,10 +69,15 @@ def make_trainer(run: Run, fingerprint: str, world: World) -> tuple[Trainer, Tra
 
 def _config(run: Run) -> dict[str, Any]:
     settings = to_json(run.recipe)
-    return {**{key: settings[key] for key in SETTINGS}, "corpora": {corpus.name: corpus.weight for corpus in run.corpora}}
+    kept = {key: settings[key] for key in SETTINGS}
+    for key, names in FREE.items():
+        kept[key] = {name: value for name, value in kept[key].items() if name not in names}
+    return {**kept, "corpora": {corpus.name: corpus.weight for corpus in run.corpora}}
 
 
 def _inputs(run: Run) -> dict[str, str]:
+    for corpus in run.corpora:
+        check_teachers(run, read_artifact(run.data / "shards" / corpus.name), run.labels(corpus.domain))
     return {f"shards/{corpus.name}": fingerprint_of(run.data / "shards" / corpus.name) for corpus in run.corpora}
 
 

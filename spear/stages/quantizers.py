@@ -14,7 +14,7 @@ from spear.errors import ArtifactError, DataError
 from spear.files import read_tensors, seed_from
 from spear.quantizers.base import QuantizerConfig
 from spear.quantizers.card import card, write_card
-from spear.stages.artifact import Artifact, fingerprint_of
+from spear.stages.artifact import Artifact, fingerprint_of, read_artifact
 
 if TYPE_CHECKING:
     from spear.recipe import Run
@@ -45,7 +45,7 @@ def _fit(run: Run, name: str) -> None:
         folder,
         kind="quantizers",
         config={"quantizer": to_json(config, QuantizerConfig), "seed": seed},
-        inputs={"features": fingerprint_of(features)},
+        inputs={"features": fingerprint_of(features), "teacher": read_artifact(features)["inputs"]["teacher"]},
     )
     if artifact.is_done():
         return

@@ -17,11 +17,12 @@ from spear.data.corpora import CorpusConfig
 from spear.data.fbank import SAMPLE_RATE
 from spear.data.shards import ShardsConfig, write_index, write_shard
 from spear.data.token_store import TokenStore
-from spear.errors import DataError
+from spear.errors import ArtifactError, DataError
 from spear.files import read_tensors, sha256_file, write_tensors
 from spear.progress import Meter
-from spear.stages.artifact import Artifact, Record, fingerprint_of
+from spear.stages.artifact import Artifact, Record, differences, fingerprint_of, read_artifact
 from spear.stages.manifests import manifest_path
+from spear.teachers.base import TeacherConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,10 @@ def _make_corpus(run: Run, corpus: CorpusConfig) -> None:
     for teacher in teachers:
         for split in splits:
             inputs[f"tokens/{teacher}/{split}"] = fingerprint_of(_token_folder(run.data, teacher, corpus.name, split))
-    config = {"shards": to_json(run.recipe.shards), "domain": corpus.domain}
+    for teacher in teachers:
+        for split in splits:
+            check_teachers(run, read_artifact(_token_folder(run.data, teacher, corpus.name, split)), [teacher])
+    config = {"shards": to_json(run.recipe.shards), "domain": corpus.domain, "teachers": teacher_settings(run, teachers)}
     artifact = Artifact(folder, kind="shards", config=config, inputs=inputs)
     if not artifact.is_done():
         with artifact.making() as record:
@@ -62,6 +66,26 @@ def _make_corpus(run: Run, corpus: CorpusConfig) -> None:
                 _make_split(run.data, corpus, split, stores, run.recipe.shards, record)
     for split in splits:
         shutil.rmtree(folder / f"{split}_{PARTS}", ignore_errors=True)
+
+
+def teacher_settings(run: Run, teachers: Iterable[str]) -> dict[str, Any]:
+    """The recipe's settings of some teachers, by name."""
+    return {name: to_json(run.recipe.teachers[name], TeacherConfig) for name in teachers if name in run.recipe.teachers}
+
+
+def check_teachers(run: Run, artifact: dict[str, Any], teachers: Iterable[str]) -> None:
+    """Check that tokens or shards were made by the teachers that the recipe names today.
+
+    Args:
+        artifact: record of a finished folder with ``config.teachers``. teachers: names to compare.
+    Raises:
+        ArtifactError: a teacher's settings differ; names the first difference.
+    """
+    made_by = artifact["config"].get("teachers", {})
+    for name, settings in teacher_settings(run, teachers).items():
+        changes = list(differences(made_by.get(name), settings, f"teachers.{name}"))
+        if changes:
+            raise ArtifactError(f"the {artifact['kind']} were made by another teacher {name}: {changes[0]}; make the stages from `features` on again")
 
 
 def _token_folder(data: Path, teacher: str, corpus: str, split: str) -> Path:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spear.config import to_json
 from spear.data.token_store import TokenWriter
 from spear.errors import ArtifactError, DataError
 from spear.files import sha256_file
 from spear.progress import Meter
 from spear.stages.artifact import Artifact, Record, fingerprint_of, read_artifact
-from spear.teachers.base import Teacher, default_device
+from spear.teachers.base import Teacher, TeacherConfig, default_device
 from spear.teachers.extraction import (
     TokensConfig,
     check_failures,
@@ -90,9 +91,8 @@ def load_tokenizer(run: Run, name: str) -> Tokenizer:
     fingerprint = fingerprint_of(folder)
     device = default_device()
     teacher = run.recipe.teachers[name].build(run.data)
-    features = run.data / "features" / name
-    fitted_on = read_artifact(features)["inputs"].get("teacher") if features.exists() else teacher.fingerprint()
-    if fitted_on != teacher.fingerprint():
+    if read_artifact(folder)["inputs"].get("teacher") != teacher.fingerprint():
+        features = run.data / "features" / name
         raise ArtifactError(
             f"{folder} was fitted on another teacher than `teachers.{name}`: remove {features} and {folder}, then run both stages again"
         )
@@ -118,7 +118,11 @@ def _tokenize(run: Run, tokenizer: Tokenizer, manifest: Path, folder: Path, titl
     artifact = Artifact(
         folder,
         kind="tokens",
-        config={"cuts_per_block": config.cuts_per_block, "length_tolerance_frames": config.length_tolerance_frames},
+        config={
+            "cuts_per_block": config.cuts_per_block,
+            "length_tolerance_frames": config.length_tolerance_frames,
+            "teachers": {tokenizer.name: to_json(run.recipe.teachers[tokenizer.name], TeacherConfig)},
+        },
         inputs={
             "teacher": tokenizer.spec.teacher_fingerprint,
             "quantizer": tokenizer.spec.quantizer_fingerprint,

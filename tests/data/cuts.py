@@ -105,7 +105,7 @@ def write_tokens(run: Run, *, skip: tuple[str, ...] = (), extra_frames: int = 0)
                 codes = [torch.randint(spec.codebook_size, (n, spec.num_codebooks), generator=generator) for n in lens]
                 writer.write(0, [cut.id for cut in cuts], codes)
                 writer.close(1)
-                write_json(writer.folder / "artifact.json", {"fingerprint": f"{teacher}-{extra_frames}"})
+                write_json(writer.folder / "artifact.json", {"fingerprint": f"{teacher}-{extra_frames}", "kind": "tokens", "config": {}})
 
 
 def make_shards(folder: Path, *, speech: int = 10, sounds: int = 6, noise: int = 0) -> Run:

@@ -80,7 +80,7 @@ def test_score_models_scores_every_pair(tmp_path: Path) -> None:
     assert list(scores) == ["phones", "events", "speakers"]
     assert scores["phones"]["student"]["value"] == 1.0
     assert scores["events"]["student"]["value"] == 1.0
-    assert scores["speakers"]["student"]["value"] < 0.3
+    assert scores["speakers"]["student"]["value"] <= 0.35
     assert scores["speakers"]["student"]["domain"] == "speech"
     # 3 splits of 24 cuts of one second, ten to a batch
     assert model.batches == [10, 10, 4] * 3

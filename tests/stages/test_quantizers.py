@@ -27,7 +27,7 @@ SMALL = MVQConfig(num_codebooks=4, codebook_size=16, rounds=2, polish_rounds=1)
 def write_features(data: Path, teacher: str, train: torch.Tensor, heldout: torch.Tensor, *, version: int = 1) -> Path:
     """A finished features folder of two blocks."""
     folder = data / "features" / teacher
-    artifact = Artifact(folder, kind="features", config={"made": version}, inputs={})
+    artifact = Artifact(folder, kind="features", config={"made": version}, inputs={"teacher": "t"})
     with artifact.making():
         half = len(train) // 2
         for index, block in enumerate((train[:half], train[half:])):
@@ -62,7 +62,7 @@ def test_quantizers_fits_every_teacher_and_writes_its_card(tmp_path: Path) -> No
         quantizer = load_quantizer(folder)
         assert isinstance(quantizer, kind)
         done = json.loads((folder / "artifact.json").read_text())
-        assert done["inputs"] == {"features": fingerprint_of(features[name])}
+        assert done["inputs"] == {"features": fingerprint_of(features[name]), "teacher": "t"}
         assert done["config"]["seed"] == seed_from(0, "quantizer", name)
         assert done["extra"]["quantizer"] == quantizer.fingerprint()
         assert 0 < done["extra"]["relative_loss"] < 0.6
@@ -130,7 +130,7 @@ def test_quantizers_raises_data_error_when_features_do_not_serve(tmp_path: Path)
 
 def test_quantizers_raises_artifact_error_when_features_are_unfinished_or_damaged(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"speech": SMALL})
-    with pytest.raises(ArtifactError, match="does not exist: run the stage that makes it first"):
+    with pytest.raises(ArtifactError, match="does not exist: run `spear features` first"):
         quantizers.run(run)
     folder = write_features(run.data, "speech", clustered(100, 8), clustered(20, 8))
     write_tensors(folder / "heldout.safetensors", {"frames": clustered(20, 6)})

@@ -17,6 +17,7 @@ from spear.errors import ArtifactError, DataError
 from spear.files import read_json, write_json
 from spear.recipe import Run
 from spear.stages import manifests, shards
+from spear.teachers.logmel import LogMelConfig
 from tests.data.cuts import AUDIO, SPEECH, cut_of, cuts_corpus, folder_corpus, make_run, make_shards, save, tone, write_cuts, write_tokens
 
 
@@ -155,11 +156,11 @@ def test_shards_accepts_tokens_within_the_tolerance(tmp_path: Path, extra: int) 
 
 def test_shards_raises_artifact_error_when_tokens_are_unfinished_or_changed(tmp_path: Path) -> None:
     run = one_corpus(tmp_path, "speech")
-    with pytest.raises(ArtifactError, match=r"tokens/speech/c/train does not exist: run the stage"):
+    with pytest.raises(ArtifactError, match=r"tokens/speech/c/train does not exist: run `spear tokens`"):
         shards.run(run)
     write_tokens(run)
     shards.run(run)
-    write_json(tmp_path / "tokens" / "speech" / "c" / "train" / "artifact.json", {"fingerprint": "other"})
+    write_json(tmp_path / "tokens" / "speech" / "c" / "train" / "artifact.json", {"fingerprint": "other", "config": {}})
     with pytest.raises(ArtifactError, match="`inputs.tokens/speech/train` was speech-0, is other"):
         shards.run(run)
 
@@ -181,3 +182,12 @@ def test_shard_reader_raises_when_shards_are_damaged(tmp_path: Path) -> None:
     tar.unlink()
     with pytest.raises(DataError, match=r"cut c0 in .*cannot be read: No such file"):
         ShardReader(tar.parent)[0]
+
+
+def test_check_teachers_raises_artifact_error_when_the_recipe_names_another_teacher(tmp_path: Path) -> None:
+    run = one_corpus(tmp_path, "speech", teachers={"speech": LogMelConfig(stack=2)})
+    made = {"kind": "tokens", "config": {"teachers": shards.teacher_settings(run, ["speech"])}}
+    shards.check_teachers(run, made, ["speech"])
+    other = one_corpus(tmp_path, "speech", teachers={"speech": LogMelConfig(stack=4)})
+    with pytest.raises(ArtifactError, match="the tokens were made by another teacher speech: `teachers.speech.stack` was 2, is 4"):
+        shards.check_teachers(other, made, ["speech"])

@@ -18,7 +18,7 @@ from spear.files import read_json, read_tensors
 from spear.quantizers import load_quantizer
 from spear.quantizers.kmeans import KMeansConfig
 from spear.stages import features, tokens
-from spear.stages.artifact import Artifact, fingerprint_of
+from spear.stages.artifact import Artifact, fingerprint_of, read_artifact
 from spear.teachers import Teacher, extract
 from spear.teachers.extraction import batches_of, manifest_path, read_cuts
 from tests.teachers.runs import contents, make_run
@@ -26,8 +26,11 @@ from tests.teachers.runs import contents, make_run
 
 def fit(run: Any, name: str, frames: torch.Tensor, size: int = 8) -> None:
     """A finished quantizers folder."""
+    features = run.data / "features" / name
     folder = run.data / "quantizers" / name
-    artifact = Artifact(folder, kind="quantizers", config={}, inputs={"features": fingerprint_of(run.data / "features" / name)})
+    artifact = Artifact(
+        folder, kind="quantizers", config={}, inputs={"features": fingerprint_of(features), "teacher": read_artifact(features)["inputs"]["teacher"]}
+    )
     with artifact.making():
         KMeansConfig(codebook_size=size).fit(frames, frames[:50], seed=1).save(folder)
 

@@ -46,3 +46,4 @@ run_stage 5 pretrain spear pretrain "${options[@]}"
 run_stage 6 export spear export "${options[@]}"
 run_stage 7 evaluate spear evaluate "${options[@]}"
 log "Finished stages $stage to $stop_stage; results are in $exp"
+if [ "$stop_stage" -ge 7 ]; then echo "$(cd "$exp" && pwd)/evaluate/report.html"; fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from spear.teachers.base import Teacher, resolve_layer
 from spear.teachers.huggingface import HuggingFaceConfig, Source, load_model
 from spear.types import TeacherOutput
+
+# WavLM of transformers hands torch masks of two types; nothing a user can do about it
+warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask", category=UserWarning)
 
 logger = logging.getLogger(__name__)
 

@@ -116,6 +116,11 @@ def test_alpha_weighs_masked_against_unmasked_frames(alpha: float, masked: float
     torch.testing.assert_close(weighed, factor * plain)
 
 
+def test_evaluation_weighs_all_frames_alike_since_nothing_is_masked() -> None:
+    plain, masked_only = objective().eval(), objective(alpha=1.0).eval()
+    torch.testing.assert_close(masked_only(output(), batch(["speech"] * 2)).loss, plain(output(), batch(["speech"] * 2)).loss)
+
+
 def test_frames_beyond_the_students_length_do_not_count() -> None:
     module, data = objective(), batch(["speech", "speech"])
     step = module(output(lens=[10, 4]), data)

@@ -127,8 +127,10 @@ def test_features_killed_and_run_again_give_the_same_bytes(tmp_path: Path, monke
 def test_features_run_twice_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path)
     features.run(run)
+    before = contents(run.data / "features")
     monkeypatch.setattr(features, "write_tensors", lambda *_: pytest.fail("wrote again"))
     features.run(run)
+    assert contents(run.data / "features") == before
 
 
 def test_features_raises_artifact_error_when_the_teacher_changed(tmp_path: Path) -> None:

@@ -126,8 +126,10 @@ def test_tokens_killed_and_run_again_give_the_same_bytes(tmp_path: Path, monkeyp
 def test_tokens_run_twice_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepared(tmp_path)
     tokens.run(run)
+    before = contents(run.data / "tokens")
     monkeypatch.setattr(tokens, "_fill", lambda *_: pytest.fail("filled again"))
     tokens.run(run)
+    assert contents(run.data / "tokens") == before
 
 
 def test_tokens_skips_a_split_without_a_manifest(tmp_path: Path) -> None:

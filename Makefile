@@ -22,13 +22,13 @@ lint: install
 	$(BIN)/mypy
 
 check: lint  ## ruff, mypy, and the tests of one process without the road
-	$(BIN)/pytest -n 2 --dist loadgroup --ignore=tests/test_road.py
+	$(BIN)/pytest -n 2 --dist loadfile --ignore=tests/test_road.py
 
 test: lint  ## what CI runs: check, and the mini road in a shortened form
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-all: lint  ## everything, slow tests too
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not gpu"
 
 bench: install  ## speed against the references, side by side
 	for tool in tools/bench_*.py; do $(BIN)/python $$tool; done

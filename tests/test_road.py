@@ -30,7 +30,8 @@ import torch
 import spear
 from spear.training.checkpoint import find_checkpoints
 from tests.data.cuts import save, tone
-from tests.road import DIED, MODELS, STAGES, TASKS, Changes, Outcome, Processes, Road, command, contents, make_read_only, make_road, mounted
+from tests.processes import DIED, Changes, Processes
+from tests.road import MODELS, STAGES, TASKS, Outcome, Road, command, contents, make_read_only, make_road, mounted
 
 MEASURED = re.compile(r"timing\.jsonl|tensorboard(/.*)?|report\.html")
 

@@ -31,5 +31,8 @@ class CheckpointError(SpearError):
     """A checkpoint or model folder cannot be read or does not fit."""
 
 
-class StopRequested(Exception):  # noqa: N818 - a request, not an error
-    """A signal asked the run to stop; everything is saved. The command exits with code 3."""
+class StopRequested(BaseException):
+    """A signal asked the run to stop; everything is saved. The command exits with code 3.
+
+    Like KeyboardInterrupt it is no Exception: nothing that handles errors, here or in a library, may take it for one.
+    """

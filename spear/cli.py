@@ -68,16 +68,23 @@ def _parser() -> argparse.ArgumentParser:
         stage = _add(commands, name, text, _run_stage, stage=name)
         stage.description = f"{text}. Run again: it resumes, or says that there is nothing to do. See docs/stages.md."
         _run_options(stage)
+        if name == "export":
+            stage.add_argument("--format", choices=("hf", "icefall"), help="short for --set export.format=...; icefall writes EXP/export_icefall")
     _run_options(_add(commands, "preflight", "find what would go wrong, and estimate time and disk, before hours are spent", _preflight))
     _add(commands, "doctor", "what is installed, what is missing, and what each missing thing costs", _doctor)
     tool = _add(commands, "import", "released SPEAR folder or icefall checkpoint -> export folder", _import)
     tool.add_argument("src", type=Path, metavar="SRC", help="folder in the Hugging Face layout, Hugging Face id, or an icefall .pt checkpoint")
     tool.add_argument("out", type=Path, metavar="OUT", help="export folder to write")
+    tool.add_argument("--weights", choices=("model", "model_avg"), help="of an icefall checkpoint; default: model where it is there")
+    tool.add_argument("--keep-heads", action="store_true", help="keep the training heads in OUT/heads.safetensors instead of dropping them")
     tool = _add(commands, "encode", "features of audio files, one .npz each", _encode)
     tool.add_argument("export", metavar="EXPORT", help="export folder or Hugging Face id")
     _audio_options(tool)
     tool.add_argument(
         "--layer", default="last", metavar="N|all|last", help="hidden state to write (0 is the first layer); default: last, the encoder's output"
+    )
+    tool.add_argument(
+        "--window", type=float, default=30.0, metavar="S", help="seconds of a window, for recordings of more than a minute; 0: never cut; default: 30"
     )
     tool = _add(commands, "tokenize", "codes of audio files from a teacher and its quantizer, one .npz each", _tokenize)
     tool.add_argument("--recipe", type=Path, metavar="R.yaml", help="recipe that names the teacher")
@@ -87,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     tool.add_argument("--quantizer", type=Path, required=True, metavar="DIR", help="fitted quantizer, DATA/quantizers/<teacher>")
     tool.add_argument("--data", type=Path, metavar="DIR", help="folder that a recipe's relative model paths start from")
     _audio_options(tool)
+    tool = _add(commands, "compare", "the tokenizers of several recipes on the same audio: a table and a plot", _compare)
+    tool.add_argument("recipes", nargs="+", type=Path, metavar="R.yaml", help="recipe whose quantizer of the teacher is compared")
+    tool.add_argument("--teacher", required=True, metavar="NAME", help="name of the teacher in the recipes")
+    tool.add_argument("--add", action="append", default=[], metavar="YAML", help="another quantizer for the first recipe's teacher; repeatable")
+    tool.add_argument("--corpora", type=Path, required=True, metavar="C.yaml", help="on what")
+    tool.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of manifests and features")
+    tool.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for compare.json, compare.md and compare.svg")
+    tool.add_argument("--cuts", type=int, default=40, metavar="N", help="valid cuts whose audio is changed; default: 40")
     tool = _add(commands, "report", "one HTML page, several runs side by side", _report)
     tool.add_argument("exp", nargs="+", type=Path, metavar="EXP", help="folder of a run that was evaluated")
     tool.add_argument(
@@ -117,7 +132,10 @@ def _audio_options(parser: argparse.ArgumentParser) -> None:
 def _load(options: argparse.Namespace) -> Any:
     from spear.recipe import load_run
 
-    return load_run(options.recipe, options.corpora, options.data, options.exp, options.overrides)
+    overrides = list(options.overrides)
+    if getattr(options, "format", None) is not None:
+        overrides.append(f"export.format={options.format}")
+    return load_run(options.recipe, options.corpora, options.data, options.exp, overrides)
 
 
 def _run_stage(options: argparse.Namespace) -> None:
@@ -142,20 +160,26 @@ def _doctor(_: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> None:
     from spear.commands.import_ import import_model
 
-    import_model(options.src, options.out)
+    import_model(options.src, options.out, options.weights, keep_heads=options.keep_heads)
 
 
 def _encode(options: argparse.Namespace) -> None:
     from spear.commands.encode import encode_files
 
     layer = options.layer if options.layer in ("all", "last") else _whole("--layer", options.layer)
-    encode_files(options.export, options.audio, options.out, layer)
+    encode_files(options.export, options.audio, options.out, layer, options.window)
 
 
 def _tokenize(options: argparse.Namespace) -> None:
     from spear.commands.tokenize import tokenize_files
 
     tokenize_files(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from spear.commands.compare import compare_tokenizers
+
+    print(compare_tokenizers(options), end="")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spear.config import load_config
+from spear.config import closest, load_config
 from spear.data.corpora import CorporaConfig, CorpusConfig, ManifestsConfig
 from spear.data.mixing import MixingConfig
 from spear.data.sampler import SamplingConfig
@@ -37,6 +37,9 @@ class Recipe:
     """Teacher's name -> how its features become tokens."""
     seed: int = 0
     """Seed of everything random."""
+    init_from: str | None = None
+    """Where the student's encoder starts: an export folder (relative to the run's data folder, or a path), a released SPEAR folder, an icefall
+    ``.pt`` checkpoint or a Hugging Face id. All its weights are needed, and the same sizes as `student`; none: random weights."""
     manifests: ManifestsConfig = field(default_factory=ManifestsConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
@@ -58,6 +61,26 @@ class Recipe:
         for name in self.quantizers:
             if name not in self.teachers:
                 raise ConfigError(f"`quantizers.{name}` has no teacher of that name; `teachers` has {', '.join(sorted(self.teachers)) or 'none'}")
+        for name, domains in self.features.domains.items():
+            if name not in self.teachers:
+                known = f"`teachers` has {', '.join(sorted(self.teachers)) or 'none'}{closest(name, self.teachers)}"
+                raise ConfigError(f"`features.domains.{name}` has no teacher of that name; {known}")
+            for domain in domains:
+                self._check_domain(domain, f"features.domains.{name}")
+        for domain in self.mixing.domains:
+            if domain not in MixingConfig().domains:  # the defaults fit recipes that lack one of them, too
+                self._check_domain(domain, "mixing.domains")
+
+    def _check_domain(self, domain: str, key: str) -> None:
+        """Raise ConfigError where neither the objective nor the noise knows `domain`."""
+        if domain in self.mixing.noise_domains:
+            return
+        try:
+            self.objective.labels(domain)
+        except ConfigError as error:
+            known = sorted({*self.objective.domains(), *self.mixing.noise_domains})
+            rule = f"must name domains of the objective ({', '.join(known)})"
+            raise ConfigError(f"`{key}` {rule}, but has {domain!r}{closest(domain, known)}") from error
 
 
 @dataclass(frozen=True)

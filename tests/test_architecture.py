@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "spear"
-BASE = {"errors", "types", "registry", "files", "progress"}
+BASE = {"errors", "types", "registry", "files", "progress", "bounds", "native"}
 PARTS = {"config", "data", "quantizers", "models", "training"}
 MAY_IMPORT = {
     **{name: BASE - {name} for name in BASE},
@@ -99,12 +99,14 @@ def test_every_part_is_in_the_table_of_imports() -> None:
 
 def test_nothing_reads_or_writes_pickles() -> None:
     found = []
+    foreign = {("icefall.py", "torch.save")}  # a checkpoint for icefall is one, by that program's format
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if (
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
                 and ast.unparse(node.func) in ("torch.save", "pickle.dump", "pickle.load")
+                and (path.name, ast.unparse(node.func)) not in foreign
             ):
                 found.append(f"{path.name}:{node.lineno}")
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load" and "weights_only=True" not in ast.unparse(node):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from spear.config import load_yaml, to_json
+from spear.errors import ConfigError
 from spear.models.student import Student
 from spear.objectives import PretrainModule
 from spear.recipe import Recipe, load_recipe
@@ -15,7 +17,18 @@ from spear.types import TokenSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-SIZES = {"spear_base": 93_289_489, "spear_large": 326_951_472, "spear_xlarge": 596_973_362}
+SIZES = {
+    "spear_tiny": 5_190_104,
+    "spear_small": 20_248_943,
+    "spear_base": 93_289_489,
+    "spear_large": 326_951_472,
+    "spear_xlarge": 596_973_362,
+    "conformer": 93_085_553,
+    "transformer": 92_971_377,
+    "mini": 1_608_132,
+    "mini_conformer": 1_598_473,
+    "mini_transformer": 1_654_537,
+}
 
 
 def specs(recipe: Recipe) -> dict[str, TokenSpec]:
@@ -59,3 +72,32 @@ def test_recipes_say_only_what_differs() -> None:
     for path in RECIPES:
         assert len(path.read_text().splitlines()) <= 60, path
         assert load_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "features.domains.speach=[speech]",
+            "`features.domains.speach` has no teacher of that name; `teachers` has audio, speech; did you mean `speech`?",
+        ),
+        (
+            "features.domains.speech=[spech]",
+            "`features.domains.speech` must name domains of the objective (audio, noise, speech), but has 'spech'; did you mean `speech`?",
+        ),
+        (
+            "mixing.domains.aduio={p: 0.1}",
+            "`mixing.domains` must name domains of the objective (audio, noise, speech), but has 'aduio'; did you mean `audio`?",
+        ),
+    ],
+)
+def test_recipe_raises_config_error_when_a_name_is_misspelt(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_recipe(ROOT / "recipes" / "mini.yaml", [override])
+
+
+def test_recipe_takes_domains_of_noise_and_the_defaults_of_mixing() -> None:
+    mini = ROOT / "recipes" / "mini.yaml"
+    load_recipe(mini, ["mixing.domains.hiss={p: 0.1}", "mixing.noise_domains=[hiss]", "features.domains.audio=[audio, hiss]"])
+    mixed = load_recipe(mini, ["objective.weights.audio=null", "features.domains=null", "mixing.domains={speech: {}, audio: {}}"])
+    assert mixed.objective.domains() == ["speech"]

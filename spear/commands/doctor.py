@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from spear import native
+
 OLDEST, NEWEST = (3, 10), (3, 13)
 
 REQUIRED = {
@@ -31,11 +33,12 @@ REQUIRED = {
     "jinja2": "there is no report and no model card",
 }
 OPTIONAL = {
+    "faiss": "k-means of quantizers has no `solver: faiss`",
     "espeakng_loader": "egs/mini cannot make its speech; install the extra [mini]",
     "multi_quantization": "tools/bench_mvq.py has nothing to compare with; install the extra [dev]",
     "torchaudio": "nothing in spear; teachers that bring their own code may want it",
 }
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "espeakng_loader": "espeakng-loader", "yaml": "PyYAML"}
+DISTRIBUTIONS = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "espeakng_loader": "espeakng-loader", "yaml": "PyYAML"}
 
 
 def version(module: str) -> str | None:
@@ -61,11 +64,23 @@ def doctor(say: Callable[[str], None]) -> int:
     for module, cost in OPTIONAL.items():
         found = version(module)
         say(f"ok      {module} {found} (optional)" if found else f"absent  {module} (optional): {cost}")
+    _say_compiler(say)
     _say_processors(say)
     say(f"ok      {shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here")
     offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
     say(f"ok      Hugging Face hub {'offline by environment: teachers must be local folders' if offline else 'allowed'}")
     return 1 if broken else 0
+
+
+def _say_compiler(say: Callable[[str], None]) -> None:
+    """The compiler that loops are built with on first use."""
+    found = native.compiler()
+    if os.environ.get(native.SWITCH, "1") == "0":
+        say(f"absent  compiled loops: {native.SWITCH}=0 turns them off, so that plain torch does their work, slower")
+    elif found is None:
+        say("absent  C++ compiler (optional): plain torch does the work of compiled loops, slower")
+    else:
+        say(f"ok      C++ compiler {found} (optional)")
 
 
 def _say_processors(say: Callable[[str], None]) -> None:

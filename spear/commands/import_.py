@@ -6,37 +6,37 @@ import logging
 from pathlib import Path
 
 from spear.errors import CheckpointError
-from spear.export.encoder import build_encoder, find_folder, read_config, save_encoder
-from spear.export.icefall import infer_student
-from spear.export.layout import parse_student
-from spear.export.weights import encoder_state, read_icefall, read_weights
+from spear.export.encoder import build_encoder, save_encoder
+from spear.export.source import read_source
+from spear.files import write_tensors
 
 logger = logging.getLogger(__name__)
 
+HEADS = "heads.safetensors"
 
-def import_model(src: Path, out: Path) -> None:
-    """Write an export folder from an encoder that was trained elsewhere; training heads are dropped and logged.
+
+def import_model(src: Path, out: Path, weights: str | None = None, *, keep_heads: bool = False) -> None:
+    """Write an export folder from an encoder that was trained elsewhere; training heads are logged, and dropped or kept.
 
     Args:
         src: a folder in the Hugging Face layout (``config.json`` with comma-separated values, weights with or without ``model.``
-            prefixes), a Hugging Face id, or an icefall ``.pt`` checkpoint (its ``model`` entry; sizes are read off the shapes).
-        out: the folder to write.
+            prefixes), a Hugging Face id, or an icefall ``.pt`` checkpoint (sizes are read off the shapes).
+        out: the folder to write. weights: of an icefall checkpoint ``model`` or ``model_avg``; None: the first that is there.
+        keep_heads: write the training heads to ``heads.safetensors``, under their own names; no part of this package reads them.
     Raises:
         CheckpointError: `src` is neither, or weights are missing, left over or of another shape.
     """
-    if src.suffix in (".pt", ".pth", ".ckpt") or src.is_file():
-        state, dropped = encoder_state(read_icefall(src), str(src))
-        student = infer_student(state, str(src))
-        what = f"Imported from the icefall checkpoint {src.name}."
-    else:
-        folder = find_folder(src)
-        if out.exists() and out.resolve() == folder.resolve():
-            raise CheckpointError(f"`OUT` must be another folder than `SRC`, but both are {src}")
-        state, dropped = encoder_state(read_weights(folder), str(src))
-        student = parse_student(read_config(folder), f"{src}/config.json")
-        what = f"Imported from {src.name}."
-    encoder = build_encoder(student, state, str(src))
-    if dropped:
-        what += f" {len(dropped)} weights of training heads were left out."
-    save_encoder(out, encoder.encoder, student, {"name": out.resolve().name, "source": what})
-    logger.info("import: %d weights of %s -> %s", len(state), src, out)
+    if out.exists() and src.is_dir() and out.resolve() == src.resolve():
+        raise CheckpointError(f"`OUT` must be another folder than `SRC`, but both are {src}")
+    found = read_source(src, entry=weights)
+    encoder = build_encoder(found.student, found.encoder, found.name)
+    kind = "the icefall checkpoint " if found.is_icefall else ""
+    part = f", {weights}" if weights is not None else ""
+    what = f"Imported from {kind}{src.name}{part}."
+    if found.heads:
+        what += f" {len(found.heads)} weights of training heads were {f'kept in {HEADS}' if keep_heads else 'left out'}."
+    save_encoder(out, encoder.encoder, found.student, {"name": out.resolve().name, "source": what})
+    (out / HEADS).unlink(missing_ok=True)
+    if found.heads and keep_heads:
+        write_tensors(out / HEADS, found.heads, {"format": "pt"})
+    logger.info("import: %d weights of %s -> %s", len(found.encoder), src, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -10,12 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from lhotse.cut import Cut
 
+from spear.data.corpora import SPLITS, CorpusConfig
 from spear.data.prepare import prepare
 from spear.errors import DataError, SpearError
 from spear.models.student import Student
 from spear.objectives import PretrainModule
 from spear.recipe import Run
+from spear.stages.evaluate import corpora_of
+from spear.stages.pretrain import initial_encoder
 from spear.teachers.base import Teacher, default_device, extract
 from spear.types import Batch, TokenSpec
 
@@ -52,13 +57,25 @@ def preflight(run: Run, say: Say) -> int:
         run: as for the stages; nothing is written. say: gets one line per finding.
     """
     found = Findings(say)
-    hours = {corpus.name: _corpus_hours(run, corpus.name, found) for corpus in run.corpora}
+    labels = LabelCheck(run)
+    hours = {corpus.name: _corpus_hours(run, corpus, labels, found) for corpus in run.corpora}
+    for name in run.recipe.evaluation.tasks:
+        with found.check(f"task {name}: its corpora have labels in every split"):
+            labels.require(name)
+    with found.check("export: the checkpoints it names will be there"):
+        run.recipe.export.check(run.recipe.training.max_steps, run.recipe.training.save_every)
     teachers: dict[str, Teacher] = {}
     for name, config in run.recipe.teachers.items():
         with found.check(f"teacher {name}: loads, and rate, width and layers are as declared"):
             teachers[name] = config.build(run.data).to(default_device())
             found.speeds[f"teacher {name}"] = _teacher_speed(teachers[name])
-    specs = {name: _spec(run, name, teacher) for name, teacher in teachers.items()}
+    specs: dict[str, TokenSpec] = {}
+    for name, teacher in teachers.items():
+        with found.check(f"quantizer {name}: takes frames of the teacher's width"):
+            specs[name] = _spec(run, name, teacher)
+    if run.recipe.init_from is not None:
+        with found.check(f"init_from {run.recipe.init_from}: holds the weights of this student"):
+            initial_encoder(run)
     with found.check("student: one batch of the largest size, forward and backward"):
         found.speeds["pretrain"] = _student_speed(run, specs)
     _estimate(run, hours, specs, found)
@@ -66,9 +83,44 @@ def preflight(run: Run, say: Say) -> int:
     return 1 if found.problems else 0
 
 
-def _corpus_hours(run: Run, name: str, found: Findings) -> float:
-    """Hours of a corpus; decodes a sample of its cuts."""
-    corpus = next(corpus for corpus in run.corpora if corpus.name == name)
+class LabelCheck:
+    """Which splits of which corpora have cuts with the labels that the tasks of the evaluation read."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.tasks = run, run.recipe.evaluation.build(run.recipe.seed)
+        self.splits: dict[str, list[str]] = {}
+        """Of every corpus that was read to its end; what another one lacks is not known."""
+        self.labelled: set[tuple[str, str, str]] = set()
+
+    def see(self, corpus: CorpusConfig, split: str, cut: Cut) -> None:
+        """Take note of a cut as it comes from its source."""
+        for name, task in self.tasks.items():
+            key = (name, corpus.name, split)
+            if key not in self.labelled and task.wants(cut):
+                self.labelled.add(key)
+
+    def require(self, name: str) -> None:
+        """Check a task once all cuts were seen.
+
+        Raises:
+            ConfigError: it names a corpus or domain that the run lacks.
+            DataError: a corpus of the task lacks a split, or no cut of a split has the task's labels.
+        """
+        corpora = corpora_of(name, self.run.recipe.evaluation.tasks[name], self.run.corpora)
+        if any(corpus.name not in self.splits for corpus in corpora):
+            return
+        for corpus, split in itertools.product(corpora, SPLITS):
+            if split not in self.splits[corpus.name]:
+                raise DataError(f"task `{name}` reads the {split} split, which the corpus {corpus.name} lacks", cause="manifest")
+        for split in SPLITS:
+            if not any((name, corpus.name, split) in self.labelled for corpus in corpora):
+                where = ", ".join(corpus.name for corpus in corpora)
+                raise DataError(f"task `{name}` finds no labelled cut in the {split} split of {where} ({self.tasks[name].needs()})")
+
+
+def _corpus_hours(run: Run, corpus: CorpusConfig, labels: LabelCheck, found: Findings) -> float:
+    """Hours of a corpus; decodes a sample of its cuts, and looks at the labels of all."""
+    name = corpus.name
     seconds, sampled = 0.0, 0
     ids: dict[str, str] = {}
     with found.check(f"corpus {name}: ids are unique over its splits, and a sample of {SAMPLE_CUTS} files decodes"):
@@ -77,7 +129,9 @@ def _corpus_hours(run: Run, name: str, found: Findings) -> float:
                 if item.id in ids:
                     raise DataError(f"the cut {item.id} is in {ids[item.id]} and in {split}", cause="duplicate_id")
                 ids[item.id] = split
-                seconds += item.cut.duration if item.cut is not None else 0.0
+                if item.cut is not None:
+                    seconds += item.cut.duration
+                    labels.see(corpus, split, item.cut)
                 if sampled < SAMPLE_CUTS:
                     failures = prepare(item, corpus, run.recipe.manifests).failures
                     if failures:
@@ -85,14 +139,15 @@ def _corpus_hours(run: Run, name: str, found: Findings) -> float:
                     sampled += 1
         if not ids:
             raise DataError(f"corpus {name} has no cuts", cause="empty")
+        labels.splits[name] = corpus.source.splits()
     return seconds / 3600
 
 
 def _spec(run: Run, name: str, teacher: Teacher) -> TokenSpec:
-    settings = run.recipe.quantizers[name]
+    num_codebooks, codebook_size = run.recipe.quantizers[name].sizes(teacher.dim)
     return TokenSpec(
-        num_codebooks=int(getattr(settings, "num_codebooks", 1)),
-        codebook_size=int(getattr(settings, "codebook_size", 256)),
+        num_codebooks=num_codebooks,
+        codebook_size=codebook_size,
         frame_rate_hz=teacher.frame_rate_hz,
         first_frame_s=teacher.first_frame_s,
     )
@@ -119,6 +174,8 @@ def _student_speed(run: Run, specs: dict[str, TokenSpec]) -> float:
     items = max(1, int(recipe.sampling.max_batch_s / length_s))
     frames = int(length_s * 100)
     domains = [corpus.domain for corpus in run.corpora if not run.is_noise(corpus.domain)]
+    if not domains:
+        raise DataError("there is nothing to train on: all corpora only give noise", cause="empty")
     batch = Batch(
         ids=[str(i) for i in range(items)],
         domains=[domains[i % len(domains)] for i in range(items)],

@@ -4,43 +4,71 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from spear.commands.encode import output_names
-from spear.errors import ConfigError
-from spear.export.audio import read_audio
+from spear.commands.encode import existing_files, output_names
+from spear.data.audio import load_audio_file
+from spear.errors import ConfigError, DataError
 from spear.files import make_folder, write_bytes
 from spear.progress import track
 from spear.quantizers import load_quantizer
 from spear.recipe import load_recipe
+from spear.stages.artifact import DONE, read_artifact
 from spear.teachers.base import Teacher, TeacherConfig, extract
 from spear.teachers.huggingface import HuggingFaceConfig
 
+logger = logging.getLogger(__name__)
+
 
 def tokenize_files(options: argparse.Namespace) -> None:
-    """Write one ``.npz`` per audio file: ``codes`` (T, C), ``frame_rate_hz``, ``first_frame_s``.
+    """Write one ``.npz`` per audio file: ``codes`` (T, C), ``frame_rate_hz``, ``first_frame_s`` and ``source``, the audio's path as given.
+
+    Audio is read as the stages read it, so that the codes are those of ``spear tokens``; files are named as by ``spear encode``.
 
     Args:
         options: recipe and teacher, or teacher_dir and layer; quantizer; data; audio; out (see ``spear tokenize --help``).
     Raises:
-        ConfigError: neither or both ways of naming the teacher, or the widths of teacher and quantizer differ.
-        DataError: an audio file cannot be read.
+        ConfigError: neither or both ways of naming the teacher, or the quantizer was fitted on another one.
+        DataError: an audio file is missing (nothing is written then) or cannot be read.
     """
+    files = existing_files(options.audio)
     teacher = _teacher(options)
     quantizer = load_quantizer(options.quantizer)
-    if quantizer.dim != teacher.dim:
-        raise ConfigError(f"`--quantizer` {options.quantizer} was fitted on {quantizer.dim} channels, but the teacher gives {teacher.dim}")
+    _check_teacher(options.quantizer, quantizer.dim, teacher)
     make_folder(options.out)
-    names = output_names(options.audio, options.out)
+    names = output_names(files, options.out)
     for path, target in track(names.items(), "tokenize", len(names), unit="files"):
-        audio = torch.as_tensor(read_audio(path, teacher.sample_rate))
+        audio = torch.from_numpy(load_audio_file(path, teacher.sample_rate))
+        if teacher.num_frames(len(audio)) < 1:
+            raise DataError(f"{path} is too short for one frame of {teacher.name}", cause="too_short")
         frames = extract(teacher, [audio], torch.device("cpu"))[0]
-        codes = quantizer.encode(frames).numpy()
         buffer = io.BytesIO()
-        np.savez(buffer, codes=codes, frame_rate_hz=np.float64(teacher.frame_rate_hz), first_frame_s=np.float64(teacher.first_frame_s))
+        np.savez(
+            buffer,
+            codes=quantizer.encode(frames).numpy(),
+            frame_rate_hz=np.float64(teacher.frame_rate_hz),
+            first_frame_s=np.float64(teacher.first_frame_s),
+            source=np.str_(path),
+        )
         write_bytes(target, buffer.getvalue())
+
+
+def _check_teacher(folder: Path, dim: int, teacher: Teacher) -> None:
+    """Compare a teacher with the one that a quantizer was fitted on, as far as the quantizer's folder knows it."""
+    if dim != teacher.dim:
+        raise ConfigError(f"`--quantizer` {folder} was fitted on {dim} channels, but the teacher gives {teacher.dim}")
+    fitted_on = read_artifact(folder)["inputs"].get("teacher") if (folder / DONE).exists() else None
+    if fitted_on is None:
+        logger.warning("%s does not say which teacher it was fitted on; only the width of its frames was compared", folder)
+    elif fitted_on != teacher.fingerprint():
+        raise ConfigError(
+            f"`--quantizer` {folder} was fitted on the teacher {fitted_on[:12]}, but {teacher.name} is {teacher.fingerprint()[:12]}: "
+            "its weights, its layer or another of its settings differ"
+        )
 
 
 def _teacher(options: argparse.Namespace) -> Teacher:

@@ -29,7 +29,7 @@ def normalise(annotation: Any, value: Any, source: str, path: str = "") -> Any:
         return _union(arguments, value, source, path)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool) != any(isinstance(a, bool) for a in arguments):
-            raise _error(path, f"one of {_listed(arguments)}", value, source, _closest(value, arguments))
+            raise _error(path, f"one of {_listed(arguments)}", value, source, closest(value, arguments))
         return value
     if origin in (list, tuple):
         if not isinstance(value, list):
@@ -55,12 +55,12 @@ def _dataclass(cls: Any, value: Any, source: str, path: str) -> dict[str, Any]:
         try:
             cls = cls.get_choice_class(str(tag["type"]))
         except ConfigError as error:
-            raise ConfigError(f"{error}{_closest(tag['type'], cls.TABLE)} (`{_join(path, 'type')}` in {source})") from error
+            raise ConfigError(f"{error}{closest(tag['type'], cls.TABLE)} (`{_join(path, 'type')}` in {source})") from error
     hints = typing.get_type_hints(cls)
     known = [item.name for item in fields(cls) if item.init]
     for key in value:
         if key not in known:
-            raise ConfigError(f"`{_join(path, key)}` is not a known key{_closest(key, known)} ({source})")
+            raise ConfigError(f"`{_join(path, key)}` is not a known key{closest(key, known)} ({source})")
     for item in fields(cls):
         if item.init and item.name not in value and item.default is MISSING and item.default_factory is MISSING:
             raise ConfigError(f"`{_join(path, item.name)}` is missing ({source})")
@@ -128,7 +128,8 @@ def _listed(options: Iterable[object]) -> str:
     return ", ".join(str(option) for option in options)
 
 
-def _closest(value: object, options: Iterable[object]) -> str:
+def closest(value: object, options: Iterable[object]) -> str:
+    """The end of an error message: the option that may have been meant; empty where none is alike."""
     found = difflib.get_close_matches(str(value), [str(option) for option in options], n=1, cutoff=0.5)
     return f"; did you mean `{found[0]}`?" if found else ""
 

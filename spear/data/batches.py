@@ -1,8 +1,9 @@
-"""From cuts in memory to a padded Batch: mixing, log-mels, tokens."""
+"""Which cuts go together, and from cuts in memory to a padded Batch: mixing, log-mels, tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,20 @@ from spear.data.mixing import Mixer
 from spear.data.shards import Item
 from spear.errors import DataError
 from spear.types import IGNORE, Batch, TokenSpec
+
+
+def batches_of(cuts: Iterable[Any], batch_s: float) -> list[list[Any]]:
+    """Cuts of like durations together, short ones first; depends on the set of cuts only.
+
+    Args:
+        cuts: with ``id`` and ``duration`` in seconds. batch_s: most seconds per batch, padding counted; a longer cut stands alone.
+    """
+    batches: list[list[Any]] = []
+    for cut in sorted(cuts, key=lambda cut: (cut.duration, cut.id)):
+        if not batches or (len(batches[-1]) + 1) * cut.duration > batch_s:
+            batches.append([])
+        batches[-1].append(cut)
+    return batches
 
 
 class BatchBuilder:

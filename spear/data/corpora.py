@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from lhotse.cut import Cut
 
+from spear.bounds import within
 from spear.errors import ConfigError
 from spear.registry import Registry
 
@@ -145,10 +146,8 @@ class ManifestsConfig:
 
     def __post_init__(self) -> None:
         _check_limits(self.min_duration_s, self.max_duration_s, "")
-        if not 0 <= self.max_failed_share <= 1:
-            raise ConfigError(f"`max_failed_share` must be between 0 and 1, but is {self.max_failed_share}")
-        if not 0 <= self.silence_peak <= 1:
-            raise ConfigError(f"`silence_peak` must be between 0 and 1, but is {self.silence_peak}")
+        within("max_failed_share", self.max_failed_share, 0, 1)
+        within("silence_peak", self.silence_peak, 0, 1)
 
 
 def _check_limits(low: float, high: float, where: str) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import scipy.fft
 
+from spear.bounds import within
 from spear.data.audio import Audio
 from spear.data.fbank import SAMPLE_RATE
 from spear.data.shards import Codes, Item
@@ -47,8 +48,7 @@ class DomainMixing:
 
     def __post_init__(self) -> None:
         for key, value in (("p", self.p), ("p_noise", self.p_noise)):
-            if not 0 <= value <= 1:
-                raise ConfigError(f"`{key}` must be between 0 and 1, but is {value}")
+            within(key, value, 0, 1)
         for key, pair in (("noise_snr_db", self.noise_snr_db), ("other_snr_db", self.other_snr_db), ("overlap", self.overlap)):
             if len(pair) != 2 or not -100 <= pair[0] <= pair[1] <= 100:
                 raise ConfigError(f"`{key}` must be two numbers, the smaller first, but is {list(pair)}")
@@ -56,6 +56,11 @@ class DomainMixing:
             raise ConfigError(f"`overlap` must lie in 0 to 1, but is {list(self.overlap)}")
         if not 0 <= self.max_offset_s < float("inf"):
             raise ConfigError(f"`max_offset_s` must be 0 or more, but is {self.max_offset_s}")
+
+    @property
+    def growth_s(self) -> float:
+        """Most seconds by which a mixture may outlast the longer of its two cuts; only token mixing takes the whole other cut, delayed."""
+        return self.max_offset_s if self.other == "tokens" and self.p > 0 and self.p_noise < 1 else 0.0
 
 
 def _paper() -> dict[str, DomainMixing]:
@@ -71,6 +76,10 @@ class MixingConfig:
     noise_domains: list[str] = field(default_factory=lambda: ["noise"])
     """Corpora of these domains give the noise. Where the recipe has no other use for such a domain its corpora get no tokens.
     Without any such corpus the noise is synthetic, with a random colour between white and brown."""
+
+    def growth_s(self, domain: str) -> float:
+        """Most seconds by which mixing may make a cut of `domain` longer than the longest cut of its batch and domain."""
+        return self.domains[domain].growth_s if domain in self.domains else 0.0
 
 
 class Mixer:

@@ -7,14 +7,16 @@ heard exactly once an epoch, and any batch of any epoch can be named without wal
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from spear.bounds import at_least, within
 from spear.data.fbank import SAMPLE_RATE
 from spear.errors import ConfigError
 from spear.files import seed_from
@@ -28,7 +30,7 @@ class SamplingConfig:
     """How cuts become batches."""
 
     max_batch_s: float = 200.0
-    """Most seconds of audio per batch and rank, padding counted."""
+    """Most seconds of audio per batch and rank, padding and what token mixing may add counted."""
     num_buckets: int = 20
     """Groups of like duration; fewer where there are few cuts."""
     weights: Literal["factors", "hours"] = "factors"
@@ -47,13 +49,11 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not 0 < self.max_batch_s < float("inf"):
             raise ConfigError(f"`max_batch_s` must be more than 0, but is {self.max_batch_s}")
-        if not 0 <= self.temperature <= 1:
-            raise ConfigError(f"`temperature` must be between 0 and 1, but is {self.temperature}")
+        within("temperature", self.temperature, 0, 1)
         if self.epoch_hours is not None and not 0 < self.epoch_hours < float("inf"):
             raise ConfigError(f"`epoch_hours` must be more than 0, but is {self.epoch_hours}")
         for key, value, least in (("num_buckets", self.num_buckets, 1), ("num_workers", self.num_workers, 0), ("prefetch", self.prefetch, 1)):
-            if value < least:
-                raise ConfigError(f"`{key}` must be at least {least}, but is {value}")
+            at_least(key, value, least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ class Lengths:
     samples: Ints
     """(M,) samples of each cut at 16 kHz."""
     weight: float = 1.0
+    growth_s: float = 0.0
+    """Most seconds by which mixing may lengthen a cut (see `MixingConfig.growth_s`); a cut is at most doubled."""
 
     @property
     def hours(self) -> float:
@@ -132,11 +134,6 @@ class BatchPlan:
         """The same for every epoch."""
         return int(self._ends[-1])
 
-    @property
-    def draws_per_epoch(self) -> int:
-        """Cuts per epoch."""
-        return sum(bucket.draws for bucket in self._buckets)
-
     def batch(self, g: int) -> list[tuple[int, int]]:
         """(corpus, cut) of every item of batch `g`, g = 0, 1, ... over all epochs."""
         epoch, place = divmod(g, self.batches_per_epoch)
@@ -188,15 +185,27 @@ def _make_buckets(used: Sequence[tuple[int, Lengths]], factors: Sequence[float],
     wanted = audio[-1] * np.arange(1, config.num_buckets) / config.num_buckets
     edges = np.unique(samples[order][np.minimum(np.searchsorted(audio, wanted), len(order) - 1)])  # a bucket's largest length
     edges = np.append(edges[edges < samples.max()], samples.max())
+    corpora = dict(used)
     homes = [(i, corpus, np.searchsorted(edges, corpus.samples)) for i, corpus in used]
     buckets = []
     for b, edge in enumerate(edges):
         found = [(i, np.flatnonzero(home == b), factors[i]) for i, _, home in homes]
         cells = tuple(_Cell(i, cuts, max(1, round(len(cuts) * factor))) for i, cuts, factor in found if len(cuts))
         draws = sum(cell.draws for cell in cells)
-        size = max(1, int(config.max_batch_s * SAMPLE_RATE // int(edge)))
+        size = max(1, int(config.max_batch_s * SAMPLE_RATE // max(int(edge), _longest_mixture(cells, corpora))))
         buckets.append(_Bucket(cells, draws, -(-draws // size)))
     return buckets
+
+
+def _longest_mixture(cells: Sequence[_Cell], corpora: Mapping[int, Lengths]) -> int:
+    """Samples that a cut of a bucket may have after mixing with another one; 0 where mixing lengthens none."""
+    growing = [(int(corpora[cell.corpus].samples[cell.cuts].max()), corpora[cell.corpus].growth_s) for cell in cells]
+    growing = [(longest, growth_s) for longest, growth_s in growing if growth_s > 0]
+    if not growing:
+        return 0
+    longest = max(longest for longest, _ in growing)
+    # the other cut starts before the first one ends
+    return longest + min(longest, math.ceil(max(growth_s for _, growth_s in growing) * SAMPLE_RATE))
 
 
 def valid_batches(lengths: Sequence[Ints], max_batch_s: float) -> list[list[tuple[int, int]]]:

@@ -23,6 +23,7 @@ from lhotse.cut import MonoCut
 from lhotse.utils import fastcopy
 from torch import Tensor
 
+from spear.bounds import at_least
 from spear.data.audio import DOWNMIX, Audio, load_audio
 from spear.data.fbank import SAMPLE_RATE
 from spear.errors import ArtifactError, ConfigError, DataError
@@ -46,12 +47,10 @@ class ShardsConfig:
     """Fewest token frames of a cut."""
 
     def __post_init__(self) -> None:
-        if self.cuts_per_shard < 1:
-            raise ConfigError(f"`cuts_per_shard` must be at least 1, but is {self.cuts_per_shard}")
+        at_least("cuts_per_shard", self.cuts_per_shard, 1)
         if not 0 <= self.length_tolerance_frames < float("inf"):
             raise ConfigError(f"`length_tolerance_frames` must be 0 or more, but is {self.length_tolerance_frames}")
-        if self.min_token_frames < 1:
-            raise ConfigError(f"`min_token_frames` must be at least 1, but is {self.min_token_frames}")
+        at_least("min_token_frames", self.min_token_frames, 1)
 
 
 class Tokens(Protocol):

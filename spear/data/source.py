@@ -44,7 +44,8 @@ class TrainSource:
     """Endless training batches; batch g depends only on the shards, the settings, the seed and g.
 
     Args:
-        readers: corpora to train on. weights: corpus -> weight (see SamplingConfig). builder: makes the batches.
+        readers: corpora to train on. weights: corpus -> weight (see SamplingConfig). builder: makes the batches; where it mixes, no mixture
+            makes a batch longer than `max_batch_s`.
     Raises:
         ConfigError: the sampling cannot be met.
     """
@@ -53,7 +54,11 @@ class TrainSource:
         self, readers: Sequence[ShardReader], weights: Mapping[str, float], builder: BatchBuilder, sampling: SamplingConfig, seed: int
     ) -> None:
         self.readers, self.builder, self.sampling, self.seed = list(readers), builder, sampling, seed
-        lengths = [Lengths(reader.corpus, reader.samples, weights.get(reader.corpus, 1.0)) for reader in self.readers]
+        mixing = builder.mixer.config if builder.mixer is not None else None
+        lengths = [
+            Lengths(reader.corpus, reader.samples, weights.get(reader.corpus, 1.0), mixing.growth_s(reader.domain) if mixing is not None else 0.0)
+            for reader in self.readers
+        ]
         self.plan = BatchPlan(lengths, sampling, seed)
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from spear.data.batches import batches_of
 from spear.errors import DataError
 from spear.evaluation.embedders import Audio, Embedder
 from spear.evaluation.tasks.base import SPLITS, Features, Rows, Split, Task
@@ -91,14 +92,3 @@ class Plan:
                             rows[name][split][cut.id] = self.tasks[name].rows(cut, split, times, layers)
                 meter.advance(len(batch), audio_s=sum(cut.duration for cut in batch))
         return {name: {split: Features.join(parts) for split, parts in splits.items()} for name, splits in rows.items()}
-
-
-def batches_of(cuts: Iterable[Any], batch_s: float) -> list[list[Any]]:
-    """Group cuts of like length so that (longest x number) stays within `batch_s` seconds; depends on the set of cuts only."""
-    batches: list[list[Any]] = []
-    for cut in sorted(cuts, key=lambda cut: (-cut.duration, cut.id)):
-        if batches and batches[-1][0].duration * (len(batches[-1]) + 1) <= batch_s:
-            batches[-1].append(cut)
-        else:
-            batches.append([cut])
-    return batches

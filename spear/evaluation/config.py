@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from spear.bounds import above, at_least
 from spear.errors import ConfigError
 from spear.evaluation.tasks.base import Settings, Task, TaskConfig
 from spear.files import seed_from
@@ -54,12 +55,9 @@ class EvaluationConfig:
         if not self.weight_decays or min(self.weight_decays) < 0:
             raise ConfigError(f"`weight_decays` must be at least one and none negative, but is {self.weight_decays}")
         for key in ("steps", "batch_size", "max_train_frames", "max_test_frames", "resamples"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"`{key}` must be at least 1, but is {getattr(self, key)}")
-        if self.context_frames < 0:
-            raise ConfigError(f"`context_frames` must be at least 0, but is {self.context_frames}")
-        if self.batch_s <= 0:
-            raise ConfigError(f"`batch_s` must be positive, but is {self.batch_s}")
+            at_least(key, getattr(self, key), 1)
+        at_least("context_frames", self.context_frames, 0)
+        above("batch_s", self.batch_s, 0)
 
     def settings(self, seed: int, device: str = "cpu") -> Settings:
         """What the tasks share; `seed` is the run's."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,7 @@ def encode_features(encoder: Encoder, features: Any, lens: Any = None) -> Encode
     Raises:
         DataError: wrong shape, type or lengths, or a valid value that is not finite.
     """
-    features = _floating(features, "features", _weight(encoder).device)
-    if features.dim() == 2:
-        features = features[None]
-    if features.dim() != 3 or features.shape[2] != encoder.num_mel_bins:
-        raise DataError(f"`features` must have the shape (N, T, {encoder.num_mel_bins}), but has {tuple(features.shape)}", cause="decode")
-    lens = check_lens(lens, len(features), features.shape[1], features.device)
+    features, lens = check_features(features, lens, encoder)
     features = features[:, : int(lens.max())]
     steps = torch.arange(features.shape[1], device=features.device)
     past = (steps >= lens[:, None])[:, :, None]  # (N, T, 1)
@@ -77,6 +72,30 @@ def encode_features(encoder: Encoder, features: Any, lens: Any = None) -> Encode
         features = features.masked_fill(fill[:, :, None], SILENCE)
         lens = lens.clamp(min=least)
     return _encode(encoder, features, lens)
+
+
+def by_length(lens: Tensor, encode: Callable[[Tensor, int], EncoderOutput]) -> EncoderOutput:
+    """Encode the items of a batch in groups of equal length, so that none of them meets padding.
+
+    Args:
+        lens: (N,) int64. encode: the rows of a group (M,) and their length -> their output.
+    Returns:
+        the outputs in the order of the items, padded with zeros to the longest.
+    """
+    groups = [(lens == length).nonzero()[:, 0] for length in lens.unique().tolist()]
+    parts = [encode(rows, int(lens[rows[0]])) for rows in groups]
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        out = tensors[0].new_zeros((len(lens), max(part.shape[1] for part in tensors), tensors[0].shape[2]))
+        for part, rows in zip(tensors, groups):
+            out[rows, : part.shape[1]] = part
+        return out
+
+    frames = parts[0].lens.new_zeros(len(lens))
+    for part, rows in zip(parts, groups):
+        frames[rows] = part.lens
+    states = tuple(join([part.hidden_states[layer] for part in parts]) for layer in range(len(parts[0].hidden_states)))
+    return EncoderOutput(join([part.features for part in parts]), frames, states)
 
 
 def _encode(encoder: Encoder, features: Tensor, lens: Tensor) -> EncoderOutput:
@@ -120,6 +139,20 @@ def check_audio(audio: Any, lens: Any, device: torch.device) -> tuple[Tensor, Te
         reached = f"item {item} reaches {float(peak[item]):.6g}"
         raise DataError(f"`audio` must lie in [-1, 1], but {reached}: divide integer samples by their full scale", cause="range")
     return audio, lens
+
+
+def check_features(features: Any, lens: Any, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """Bring log-mels (N, T, F) or (T, F) and their lengths (N,) into the form the encoder reads, on its device.
+
+    Raises:
+        DataError: wrong shape, type or lengths.
+    """
+    features = _floating(features, "features", _weight(encoder).device)
+    if features.dim() == 2:
+        features = features[None]
+    if features.dim() != 3 or features.shape[2] != encoder.num_mel_bins:
+        raise DataError(f"`features` must have the shape (N, T, {encoder.num_mel_bins}), but has {tuple(features.shape)}", cause="decode")
+    return features, check_lens(lens, len(features), features.shape[1], features.device)
 
 
 def check_lens(lens: Any, items: int, longest: int, device: torch.device) -> Tensor:

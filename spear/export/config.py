@@ -19,7 +19,10 @@ class ExportConfig:
     start_step: int | None = None
     """With ``use: average``: the mean is over the steps after this checkpoint, 0 for all of training; none: `average_share` decides."""
     average_share: float = 0.25
-    """With ``use: average`` and no `start_step`: about this last share of the steps is averaged, from the checkpoint nearest to its start."""
+    """With ``use: average`` and no `start_step`: about this last share of the steps is averaged, from the checkpoint nearest to its start.
+    Pre-training keeps that checkpoint, however few it keeps (`training.keep_checkpoints`)."""
+    format: Literal["hf", "icefall"] = "hf"
+    """``hf``: a model folder, ``EXP/export``; ``icefall``: beside it, a checkpoint that icefall loads, ``EXP/export_icefall/pretrained.pt``."""
     name: str | None = None
     """Title of the model card; none: the name of the run's folder."""
     licence: str | None = None
@@ -37,3 +40,26 @@ class ExportConfig:
             raise ConfigError(f"`start_step` needs `use: average`, but `use` is {self.use}")
         if self.start_step is not None and self.step is not None and self.start_step >= self.step:
             raise ConfigError(f"`start_step` must be smaller than `step`, but is {self.start_step} and not below {self.step}")
+
+    def start(self, step: int) -> float | None:
+        """Where the mean over the steps up to `step` should begin; None where no earlier checkpoint is needed: all of training, or no mean."""
+        if self.use != "average":
+            return None
+        wanted = step * (1 - self.average_share) if self.start_step is None else float(self.start_step)
+        return wanted or None
+
+    def milestones(self, max_steps: int) -> list[float]:
+        """Steps of a run of `max_steps` whose nearest checkpoints this export reads, besides the last one."""
+        start = self.start(max_steps if self.step is None else self.step)
+        return [float(wanted) for wanted in (self.step, start) if wanted is not None]
+
+    def check(self, max_steps: int, save_every: int) -> None:
+        """Check that a run will have the checkpoints that are named.
+
+        Raises:
+            ConfigError: `step` or `start_step` is none of the updates that are saved.
+        """
+        for name, value in (("step", self.step), ("start_step", self.start_step)):
+            if value and (value > max_steps or (value % save_every and value != max_steps)):
+                rule = f"a step with a checkpoint, a multiple of `training.save_every` {save_every} up to `training.max_steps` {max_steps}"
+                raise ConfigError(f"`export.{name}` must be {rule}, but is {value}")

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spear.errors import ArtifactError, CheckpointError
-from spear.export.audio import check_audio, encode_audio, encode_features
+from spear.errors import CheckpointError
+from spear.export.audio import by_length, check_audio, check_features, encode_audio, encode_features
 from spear.export.huggingface import write_folder
-from spear.export.layout import MODEL_TYPE, parse_student
-from spear.export.weights import encoder_state, load_strictly, read_weights
-from spear.files import read_json
+from spear.export.layout import check_same_network
+from spear.export.long_audio import OVERLAP_S, WINDOW_S, Loaded, Samples, encode_windows, join_pieces
+from spear.export.source import read_source
+from spear.export.weights import load_strictly
 from spear.models.base import Encoder, StudentConfig
 from spear.types import EncoderOutput
 
@@ -62,13 +63,50 @@ class AudioEncoder(nn.Module):
         if not batch_independent:
             return self._at_frame_rate(encode_audio(self.encoder, audio, lens))
         audio, lens = check_audio(audio, lens, next(self.encoder.parameters()).device)
-        groups = [(lens == length).nonzero()[:, 0] for length in lens.unique().tolist()]
-        parts = [self._at_frame_rate(encode_audio(self.encoder, audio[rows, : int(lens[rows[0]])])) for rows in groups]
-        return _scatter(parts, groups)
+        return by_length(lens, lambda rows, length: self._at_frame_rate(encode_audio(self.encoder, audio[rows, :length])))
 
-    def forward_features(self, features: Tensor, lens: Tensor | None = None) -> EncoderOutput:
+    def forward_features(self, features: Tensor, lens: Tensor | None = None, *, batch_independent: bool = False) -> EncoderOutput:
         """Encode log-mels (N, T, F) at 100 Hz (`spear.data.fbank`), lens (N,) valid frames; else as `forward`."""
-        return self._at_frame_rate(encode_features(self.encoder, features, lens))
+        if not batch_independent:
+            return self._at_frame_rate(encode_features(self.encoder, features, lens))
+        features, lens = check_features(features, lens, self.encoder)
+        return by_length(lens, lambda rows, length: self._at_frame_rate(encode_features(self.encoder, features[rows, :length])))
+
+    def encode_long(
+        self, audio: Tensor | Samples, *, window_s: float = WINDOW_S, overlap_s: float = OVERLAP_S, hidden_states: bool = False
+    ) -> EncoderOutput:
+        """Encode one recording of any length in overlapping windows, without gradients.
+
+        Where two windows meet, frames are those of the nearer middle; the rule is in `spear.export.long_audio`. Convolutions see no
+        seam while half the overlap exceeds their reach; attention hears the window instead of the whole recording. A recording
+        that fits into one window is encoded as by `forward`.
+
+        Args:
+            audio: (S,) floating in [-1, 1] at `sample_rate`, or something that reads pieces of it (`AudioFile`).
+            window_s, overlap_s: seconds; the overlap at most half the window. hidden_states: keep those of all layers, which takes
+            `num_layers` times the memory of the features.
+        Returns:
+            features (1, T, D), lens (1,), and the hidden states or none.
+        Raises:
+            DataError: wrong type, shape or range. ConfigError: the overlap does not fit the window.
+        """
+        return join_pieces(self.iter_long(audio, window_s=window_s, overlap_s=overlap_s), hidden_states=hidden_states)
+
+    def iter_long(self, audio: Tensor | Samples, *, window_s: float = WINDOW_S, overlap_s: float = OVERLAP_S) -> Iterator[EncoderOutput]:
+        """As `encode_long`, piece by piece in bounded memory, always with hidden states; the pieces joined are its result."""
+        samples: Samples = audio if isinstance(audio, Samples) else Loaded(audio)
+        if len(samples) <= window_s * self.sample_rate:
+            with torch.no_grad():
+                return iter((self(samples.read(0, len(samples))),))
+        return encode_windows(
+            self.forward_features,
+            samples,
+            num_mel_bins=self.encoder.num_mel_bins,
+            frame_rate_hz=self.frame_rate_hz,
+            grid=self.student.grid(),
+            window_s=window_s,
+            overlap_s=overlap_s,
+        )
 
     def _at_frame_rate(self, output: EncoderOutput) -> EncoderOutput:
         """Bring the hidden states, which an encoder gives at its inner rate, to the rate of its output."""
@@ -97,23 +135,6 @@ def _downsample(state: Tensor, weights: Tensor) -> Tensor:
     return joined
 
 
-def _scatter(parts: list[EncoderOutput], groups: list[Tensor]) -> EncoderOutput:
-    """Put the outputs of groups of items back in their order, zero-padded to the longest."""
-    items = sum(len(rows) for rows in groups)
-
-    def join(tensors: list[Tensor]) -> Tensor:
-        out = tensors[0].new_zeros((items, max(part.shape[1] for part in tensors), tensors[0].shape[2]))
-        for part, rows in zip(tensors, groups):
-            out[rows, : part.shape[1]] = part
-        return out
-
-    lens = parts[0].lens.new_zeros(items)
-    for part, rows in zip(parts, groups):
-        lens[rows] = part.lens
-    states = tuple(join([part.hidden_states[layer] for part in parts]) for layer in range(len(parts[0].hidden_states)))
-    return EncoderOutput(join([part.features for part in parts]), lens, states)
-
-
 def save_encoder(folder: Path, encoder: Encoder, student_config: StudentConfig, info: Mapping[str, Any] | None = None) -> None:
     """Write a model folder that `load_encoder` and Transformers read (see `spear.export.huggingface`).
 
@@ -132,16 +153,14 @@ def load_encoder(path_or_id: str | Path, device: str | torch.device = "cpu", *, 
     No code from the folder is run; the network is always this package's own.
 
     Args:
-        path_or_id: an export folder, a released SPEAR folder (weights under ``model.`` or ``model.model.``; training heads are
-            dropped and logged), or a Hugging Face id. device: where to put it. revision: branch, tag or commit of a Hugging Face id.
+        path_or_id: an export folder, a released SPEAR folder (weights under ``model.`` or ``model.model.``), an icefall ``.pt``
+            checkpoint, or a Hugging Face id; see `spear.export.source.read_source`. Training heads are set aside and logged.
+            device: where to put it. revision: branch, tag or commit of a Hugging Face id.
     Raises:
         CheckpointError: nothing is there, it is no SPEAR encoder, or weights are missing, left over or of another shape.
     """
-    folder = find_folder(path_or_id, revision)
-    config = read_config(folder)
-    student = parse_student(config, str(folder / "config.json"))
-    state, _ = encoder_state(read_weights(folder), str(folder))
-    return build_encoder(student, state, str(folder)).to(device)
+    found = read_source(path_or_id, revision=revision)
+    return build_encoder(found.student, found.encoder, found.name).to(device)
 
 
 def build_encoder(student: StudentConfig, state: Mapping[str, Tensor], source: str) -> AudioEncoder:
@@ -155,41 +174,15 @@ def build_encoder(student: StudentConfig, state: Mapping[str, Tensor], source: s
     return AudioEncoder(encoder, student).eval()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a SPEAR model folder.
+def start_from(encoder: Encoder, student: StudentConfig, path_or_id: str | Path) -> None:
+    """Give an encoder that is to be trained the weights of a trained one.
 
+    Args:
+        encoder: its weights are replaced. student: the config it was built from. path_or_id: as for `load_encoder`.
     Raises:
-        CheckpointError: it is missing, no JSON object, or that of another kind of model.
+        CheckpointError: the two are different networks (every differing setting is named), or weights are missing, left over or
+            of another shape.
     """
-    try:
-        config = read_json(folder / "config.json")
-    except ArtifactError as error:
-        raise CheckpointError(str(error)) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} must hold a JSON object")
-    kind = config.get("model_type", MODEL_TYPE)
-    if kind != MODEL_TYPE:
-        raise CheckpointError(f"`model_type` must be {MODEL_TYPE!r}, but is {kind!r} ({folder / 'config.json'})")
-    return config
-
-
-def find_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """A local model folder as it is, or the downloaded (or cached) copy of a Hugging Face id.
-
-    Raises:
-        CheckpointError: neither exists, or the hub cannot be reached.
-    """
-    path = Path(path_or_id)
-    if path.is_dir():
-        return path
-    name = str(path_or_id)
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{name} is no folder and cannot be fetched from the Hugging Face hub: {reason}") from error
+    found = read_source(path_or_id)
+    check_same_network(student, found.student, found.name)
+    load_strictly(encoder, {key: value.float() for key, value in found.encoder.items()}, found.name)

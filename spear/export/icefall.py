@@ -1,38 +1,70 @@
-"""The settings of a Zipformer, read off the shapes of an icefall checkpoint, which carries none."""
+"""icefall checkpoints: the settings of a Zipformer read off the shapes, and the way back to a file that icefall loads."""
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from spear import __version__
 from spear.errors import CheckpointError
-from spear.export.layout import parse_student
+from spear.export.layout import parse_student, student_fields
+from spear.export.weights import ASR_HEADS, Split
+from spear.files import write_bytes
+from spear.models.base import Encoder, StudentConfig
 from spear.models.zipformer.config import ZipformerConfig
+
+logger = logging.getLogger(__name__)
 
 POS_HEAD_DIM = 4
 """Positional width of a head in every published Zipformer. Shapes give only products with the number of heads; this one settles all."""
+OPTIONS = (
+    "output_downsampling_factor",
+    "downsampling_factor",
+    "num_encoder_layers",
+    "feedforward_dim",
+    "num_heads",
+    "encoder_dim",
+    "query_head_dim",
+    "value_head_dim",
+    "pos_head_dim",
+    "pos_dim",
+    "encoder_unmasked_dim",
+    "cnn_module_kernel",
+    "causal",
+    "chunk_size",
+    "left_context_frames",
+)
+"""Settings that icefall's training scripts take as command line options of the same names."""
 _STACK = re.compile(r"encoder\.encoders\.(\d+)\.(encoder\.)?layers\.(\d+)\.")
 
 
-def infer_student(state: Mapping[str, Tensor], source: str) -> ZipformerConfig:
+def infer_student(state: Mapping[str, Tensor], source: str, options: Mapping[str, Any] | None = None) -> StudentConfig:
     """Sizes of the encoder whose state dict this is.
 
     Args:
-        state: tensors under the encoder's own names. source: for messages.
+        state: tensors under the encoder's own names. source: for messages. options: other content of the checkpoint, where icefall
+            leaves the options of a training; the two that shapes do not tell are taken from it.
     Returns:
-        a config whose network takes exactly these tensors. What shapes do not tell: a causal model reads the whole utterance (write
-        ``chunk_size`` and ``left_context_frames`` into ``config.json`` for another choice), training never masks half the channels.
+        a config whose network takes exactly these tensors. A causal model reads the whole utterance (write ``chunk_size`` and
+        ``left_context_frames`` into ``config.json`` for another choice). Without options, positional heads have the published
+        width, and feature masks hide at most half the channels.
     Raises:
         CheckpointError: a tensor that settles a size is missing, or the sizes contradict each other.
     """
     layers = _count_layers(state, source)
-    stacks = [_infer_stack(state, index, source) for index in range(len(layers))]
+    positional = _option(options, "pos_head_dim", len(layers)) or [POS_HEAD_DIM] * len(layers)
+    stacks = [_infer_stack(state, index, positional[index], source) for index in range(len(layers))]
     values: dict[str, Any] = {name: [stack[name] for stack in stacks] for name in stacks[0]}
     values["num_encoder_layers"] = layers
-    values["encoder_unmasked_dim"] = [width // 2 for width in values["encoder_dim"]]
+    unmasked = _option(options, "encoder_unmasked_dim", len(layers))
+    values["encoder_unmasked_dim"] = unmasked or [width // 2 for width in values["encoder_dim"]]
     for name in ("query_head_dim", "pos_head_dim", "value_head_dim"):
         if len(set(values[name])) == 1:
             values[name] = values[name][0]
@@ -44,6 +76,66 @@ def infer_student(state: Mapping[str, Tensor], source: str) -> ZipformerConfig:
     if values["causal"]:
         values["chunk_size"] = values["left_context_frames"] = -1
     return parse_student(values, source)
+
+
+def complete(split: Split, source: str) -> dict[str, Tensor]:
+    """The encoder's weights; that of a speech recogniser, which knows no masks, gets a ``mask_emb`` of zeros.
+
+    Args:
+        split: weights of a checkpoint. source: for the log.
+    """
+    encoder, convolution, out = split.encoder, "encoder_embed.conv.7.weight", "encoder_embed.out.weight"
+    if "mask_emb" in encoder or not any(name.startswith(ASR_HEADS) for name in split.heads) or not {convolution, out} <= encoder.keys():
+        return encoder
+    # four widths of the input give the same width behind the convolutions; 80 and 128 are second of theirs
+    bins = 4 * (encoder[out].shape[1] // len(encoder[convolution])) + 4
+    logger.warning("%s has no `mask_emb`, as a model that was trained without masks: taken as zeros for %d mel bins", source, bins)
+    return {**encoder, "mask_emb": torch.zeros(bins)}
+
+
+def save_icefall(path: Path, encoder: Encoder, student: StudentConfig) -> None:
+    """Write an encoder as a checkpoint that icefall loads.
+
+    The file is icefall's format and therefore a pickle, the only one that this package writes; it holds tensors, text and numbers
+    only, and loads with ``weights_only=True``. The same encoder gives the same bytes.
+
+    Args:
+        path: a ``.pt`` file. encoder: its weights go under ``model``, with icefall's names, in float32. student: its config; the
+            options of icefall's training scripts that build the same network lie beside ``model``, as icefall leaves them.
+    Raises:
+        CheckpointError: the encoder is no Zipformer, or a weight is not finite.
+    """
+    values = student_fields(require_zipformer(student))
+    state = {key: value.detach().float().cpu().clone() for key, value in encoder.state_dict().items()}
+    broken = sorted(key for key, value in state.items() if not bool(value.isfinite().all()))
+    if broken:
+        raise CheckpointError(f"{len(broken)} weights hold NaN or infinity: {', '.join(broken[:5])}")
+    options = {name: values[name] if isinstance(values[name], bool) else str(values[name]) for name in OPTIONS}
+    options |= {name: values[name] for name in ("output_downsampling_factor", "pos_dim")}
+    buffer = io.BytesIO()
+    torch.save({"model": state, **options, "feature_dim": values["num_mel_bins"], "spear_version": __version__}, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def require_zipformer(student: StudentConfig) -> ZipformerConfig:
+    """The config itself, if icefall can build its network.
+
+    Raises:
+        CheckpointError: it is no Zipformer.
+    """
+    if not isinstance(student, ZipformerConfig):
+        raise CheckpointError(f"`student` must be of type zipformer for the format of icefall, but is {type(student).__name__}")
+    return student
+
+
+def _option(options: Mapping[str, Any] | None, name: str, count: int) -> list[int] | None:
+    """A per-stack option of icefall's command line (text, comma-separated); None where there is none that fits `count` stacks."""
+    try:
+        values = [int(part) for part in str((options or {})[name]).split(",")]
+    except (KeyError, ValueError):
+        return None
+    values = values * count if len(values) == 1 else values
+    return values if len(values) == count else None
 
 
 def _count_layers(state: Mapping[str, Tensor], source: str) -> list[int]:
@@ -62,7 +154,7 @@ def _layer(state: Mapping[str, Tensor], stack: int) -> str:
     return plain if any(key.startswith(plain) for key in state) else f"encoder.encoders.{stack}.encoder.layers.0."
 
 
-def _infer_stack(state: Mapping[str, Tensor], index: int, source: str) -> dict[str, int]:
+def _infer_stack(state: Mapping[str, Tensor], index: int, positional: int, source: str) -> dict[str, int]:
     prefix = _layer(state, index)
 
     def rows(name: str) -> int:
@@ -71,15 +163,15 @@ def _infer_stack(state: Mapping[str, Tensor], index: int, source: str) -> dict[s
     causal = prefix + "conv_module1.depthwise_conv.chunkwise_conv.weight"
     kernel = _shape(state, causal if causal in state else prefix + "conv_module1.depthwise_conv.weight", source)[2]
     downsampling = state.get(f"encoder.encoders.{index}.downsample.bias")
-    heads = _divide(rows("self_attn_weights.linear_pos.weight"), POS_HEAD_DIM, "positional width", index, source)
+    heads = _divide(rows("self_attn_weights.linear_pos.weight"), positional, "positional width", index, source)
     both = _divide(rows("self_attn_weights.in_proj.weight"), heads, "rows of self_attn_weights.in_proj", index, source)
     return {
         "downsampling_factor": 1 if downsampling is None else len(downsampling),
         "encoder_dim": rows("norm.bias"),
         "feedforward_dim": rows("feed_forward2.in_proj.weight"),
         "num_heads": heads,
-        "query_head_dim": _divide(both - POS_HEAD_DIM, 2, "rows of self_attn_weights.in_proj per head", index, source),
-        "pos_head_dim": POS_HEAD_DIM,
+        "query_head_dim": _divide(both - positional, 2, "rows of self_attn_weights.in_proj per head", index, source),
+        "pos_head_dim": positional,
         "value_head_dim": _divide(rows("self_attn1.in_proj.weight"), heads, "rows of self_attn1.in_proj", index, source),
         "cnn_module_kernel": kernel,
     }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import pathlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ logger = logging.getLogger(__name__)
 PREFIXES = ("module.", "model.")
 HEADS = ("codebook_loss_net.", "codebook_loss_heads.", "audio_tagging_proj.")
 """Training-time heads that released and icefall checkpoints may carry; an encoder has no place for them."""
+ASR_HEADS = ("decoder.embedding.", "decoder.conv.", "joiner.", "simple_am_proj.", "simple_lm_proj.", "ctc_output.", "attention_decoder.")
+"""The rest of icefall's speech recognisers. Their encoders are trained without masks and have no ``mask_emb``."""
+ENTRIES = ("model", "model_avg")
+"""Weights that an icefall checkpoint may hold: those of its last update, and their mean over all of training so far."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -39,49 +44,72 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(str(error)) from error
 
 
-def read_icefall(path: Path) -> dict[str, Tensor]:
-    """The ``model`` entry of an icefall checkpoint, read without running code from it.
+class Split(NamedTuple):
+    """encoder: tensors under the encoder's own names. heads: those of training heads, under theirs."""
 
+    encoder: dict[str, Tensor]
+    heads: dict[str, Tensor]
+
+
+def read_icefall(path: Path, entry: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and plain values of an icefall checkpoint, read without running code from it.
+
+    Args:
+        entry: ``model`` or ``model_avg``; None: the first of them that is there.
+    Returns:
+        the tensors of the entry, and what else the checkpoint holds, such as the options of its training.
     Raises:
-        CheckpointError: the file is missing, damaged, holds more than tensors and plain values, or has no ``model``.
+        CheckpointError: the file is missing, damaged, holds more than tensors, paths and plain values, or lacks the entry.
     """
+    # icefall stores its options, among them paths
+    paths = [(kind, f"{module}.{kind.__name__}") for kind in (pathlib.PosixPath, pathlib.PurePosixPath) for module in ("pathlib", "pathlib._local")]
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(paths):  # type: ignore[arg-type]
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except Exception as error:  # torch raises many kinds of errors for damaged or unsafe files
         raise CheckpointError(f"{path} cannot be read as tensors and plain values: {' '.join(str(error).split())[:200]}") from error
-    state = content.get("model") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} has no `model` with tensors: it is not an icefall checkpoint")
-    return dict(state)
+    content = content if isinstance(content, Mapping) else {}
+    found = [name for name in (ENTRIES if entry is None else (entry,)) if _is_state(content.get(name))]
+    if not found:
+        raise CheckpointError(f"{path} has no `{entry or ENTRIES[0]}` with tensors: it is not an icefall checkpoint{_has(content)}")
+    return dict(content[found[0]]), {key: value for key, value in content.items() if key not in ENTRIES}
 
 
-def encoder_state(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _has(content: Mapping[str, Any]) -> str:
+    states = [name for name in ENTRIES if _is_state(content.get(name))]
+    return f" with that entry, only with `{states[0]}`" if states else ""
+
+
+def split_heads(state: Mapping[str, Tensor], source: str) -> Split:
     """Bring names into the encoder's own and set the heads aside.
 
     Args:
         state: names with or without leading ``module.`` and ``model.`` parts. source: for messages.
     Returns:
-        the encoder's tensors and the sorted names of the heads that were dropped (also logged).
+        the encoder's tensors and those of the heads, whose names are logged.
     Raises:
         CheckpointError: two names become the same.
     """
-    kept: dict[str, Tensor] = {}
-    dropped: list[str] = []
+    encoder: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
     for key, value in state.items():
         name = key
         while name.startswith(PREFIXES):
             name = name.partition(".")[2]
-        if name.startswith(HEADS):
-            dropped.append(key)
-        elif name in kept:
+        target = heads if name.startswith(HEADS + ASR_HEADS) else encoder
+        if name in target:
             raise CheckpointError(f"{source} holds `{name}` twice, under different prefixes")
-        else:
-            kept[name] = value
-    if dropped:
-        logger.info("%s: dropped %d weights of training heads: %s", source, len(dropped), ", ".join(sorted(dropped)))
-    return kept, sorted(dropped)
+        target[name] = value
+    if heads:
+        names = sorted(key for key in state if any(key.endswith(name) for name in heads))
+        logger.info("%s: %d weights belong to training heads and not to the encoder: %s", source, len(heads), ", ".join(names))
+    return Split(encoder, heads)
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

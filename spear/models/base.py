@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from spear.errors import DataError
+from spear.models.tracing import is_tracing
 from spear.registry import Registry
 from spear.types import EncoderOutput
 
@@ -21,11 +23,22 @@ FBANK_FIRST_FRAME_S = 0.005
 class StudentConfig(Registry):
     """Settings of an encoder; the table of encoders."""
 
-    TABLE: ClassVar[dict[str, str]] = {"zipformer": "spear.models.zipformer.config:ZipformerConfig"}
+    TABLE: ClassVar[dict[str, str]] = {
+        "zipformer": "spear.models.zipformer.config:ZipformerConfig",
+        "conformer": "spear.models.conformer:ConformerConfig",
+        "transformer": "spear.models.transformer:TransformerConfig",
+    }
 
     def build(self) -> Encoder:
         """Make the encoder with fresh weights drawn from torch's global generator."""
         raise NotImplementedError
+
+    def grid(self) -> int:
+        """Log-mel frames after which the encoder groups its frames anew.
+
+        Where a window of a long recording starts at a multiple of it, its frames are grouped as in the whole recording.
+        """
+        return 2
 
 
 class Encoder(nn.Module, abc.ABC):
@@ -55,6 +68,23 @@ class Encoder(nn.Module, abc.ABC):
         Raises:
             DataError: an item is shorter than `min_fbank_frames` (cause ``too_short``).
         """
+
+    def check_input(self, features: Tensor, lens: Tensor) -> None:
+        """Refuse what `forward` cannot read; says nothing while the model is recorded for export.
+
+        Raises:
+            DataError: wrong number of bins (cause ``shape``), or an item shorter than `min_fbank_frames` (cause ``too_short``).
+        """
+        if is_tracing():
+            return
+        if features.ndim != 3 or features.shape[-1] != self.num_mel_bins:
+            raise DataError(f"features must be (N, T, {self.num_mel_bins}), but are {tuple(features.shape)}", cause="shape")
+        least, shortest = self.min_fbank_frames, features.shape[1]
+        # reading lens from a GPU waits for it, which training cannot afford
+        if shortest >= least and lens.numel() > 0 and (lens.device.type == "cpu" or not self.training):
+            shortest = min(shortest, int(lens.min()))
+        if shortest < least:
+            raise DataError(f"an input has {shortest} log-mel frames, but the encoder needs at least {least}", cause="too_short")
 
     def set_batch_count(self, count: float) -> None:
         """Tell the schedules of the regularisers how far training is; an encoder without schedules ignores it."""

@@ -100,11 +100,6 @@ def block_mask(lens: Tensor, size: int, prob: float, length: int, min_blocks: in
     return _spare_one(masked & _valid(lens, size), lens)
 
 
-def realised_share(mask: Tensor, lens: Tensor) -> Tensor:
-    """Share of the valid positions that is masked; mask: (N, T) bool, lens: (N,) -> () float32, 0 for an empty batch."""
-    return mask.sum().float() / lens.sum().clamp(min=1)
-
-
 def _valid(lens: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lens.device) < lens[:, None]
 

@@ -28,6 +28,10 @@ class ObjectiveConfig(Registry):
         """
         raise NotImplementedError
 
+    def domains(self) -> list[str]:
+        """Cut domains that the settings name, sorted; empty where any will do."""
+        return []
+
     def teachers(self) -> list[str]:
         """Names of all teachers whose tokens the objective reads, sorted."""
         raise NotImplementedError

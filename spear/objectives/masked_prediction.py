@@ -50,6 +50,10 @@ class MaskedPredictionConfig(ObjectiveConfig):
             raise ConfigError(f"domain {domain!r} is not in the recipe's `objective.weights`, which knows {', '.join(sorted(self.weights))}")
         return sorted(teacher for teacher, weight in self.weights[domain].items() if weight > 0)
 
+    def domains(self) -> list[str]:
+        """Domains of the table of weights, sorted."""
+        return sorted(self.weights)
+
     def teachers(self) -> list[str]:
         """All teachers named with a weight above 0, sorted."""
         return sorted({teacher for domain in self.weights for teacher in self.labels(domain)})

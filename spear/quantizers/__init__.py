@@ -6,12 +6,17 @@ from pathlib import Path
 
 from spear.files import read_json, read_tensors
 from spear.quantizers.base import CONFIG, WEIGHTS, Quantizer, QuantizerConfig, load_folder
+from spear.quantizers.dmel import DMel
+from spear.quantizers.fsq import FSQ
 from spear.quantizers.kmeans import KMeans
 from spear.quantizers.mvq import MVQ
+from spear.quantizers.product import Product
+from spear.quantizers.random_projection import RandomProjection
+from spear.quantizers.residual import Residual
 
-__all__ = ["KMeans", "MVQ", "Quantizer", "QuantizerConfig", "load_quantizer"]
+__all__ = ["DMel", "FSQ", "KMeans", "MVQ", "Product", "Quantizer", "QuantizerConfig", "RandomProjection", "Residual", "load_quantizer"]
 
-KINDS: dict[str, type[Quantizer]] = {"kmeans": KMeans, "mvq": MVQ}
+KINDS: dict[str, type[Quantizer]] = {kind.kind: kind for kind in (DMel, FSQ, KMeans, MVQ, Product, RandomProjection, Residual)}
 
 
 def load_quantizer(folder: str | Path) -> Quantizer:

@@ -174,12 +174,26 @@ def load_folder(folder: Path, kinds: dict[str, type[Quantizer]], state: dict[str
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizerConfig(Registry):
-    """Family of quantizers: ``type: mvq`` or ``type: kmeans``."""
+    """Family of quantizers, such as ``type: mvq`` and ``type: kmeans``."""
 
     TABLE: ClassVar[dict[str, str]] = {
         "mvq": "spear.quantizers.mvq_fit:MVQConfig",
         "kmeans": "spear.quantizers.kmeans:KMeansConfig",
+        "residual": "spear.quantizers.residual:ResidualConfig",
+        "product": "spear.quantizers.product:ProductConfig",
+        "random_projection": "spear.quantizers.random_projection:RandomProjectionConfig",
+        "fsq": "spear.quantizers.fsq:FSQConfig",
+        "dmel": "spear.quantizers.dmel:DMelConfig",
     }
+
+    def sizes(self, dim: int) -> tuple[int, int]:
+        """Codebooks C and entries K of what `fit` makes of frames of width `dim`, known before there are frames.
+
+        Raises:
+            ConfigError: such frames cannot be quantized with these settings.
+        """
+        del dim
+        return int(getattr(self, "num_codebooks", 1)), int(getattr(self, "codebook_size", 256))
 
     @abc.abstractmethod
     def fit(self, train: Tensor, heldout: Tensor, *, seed: int, checkpoint: Path | None = None) -> Quantizer:

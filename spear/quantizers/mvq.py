@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,21 @@ from torch.nn import functional
 from spear.errors import ConfigError, DataError
 from spear.files import seed_from
 from spear.quantizers.base import Quantizer, take_normalizer
+from spear.quantizers.merge_search import Tables
 from spear.quantizers.normalize import Normalizer
-from spear.quantizers.search import BLOCK_FRAMES, Tables, frame_costs, make_tables, refine
+from spear.quantizers.search import BLOCK_FRAMES, errors, frame_costs, make_tables, refine, sweep
 
 SCALE_SPEED = 10.0
 """Scales are stored as log(scale) / SCALE_SPEED, so that they learn faster than the weights."""
 _KEYS = ("centers", "centers_scale", "id_buf", "logits_scale", "to_logits.bias", "to_logits.weight")
 _ROW_MULTIPLE = 32
 _FAR = 100.0
+_BEST_ROUNDS, _BEST_SWEEPS = 10, 4
+_FAST_ROUNDS, _FAST_SWEEPS = 1, 3
+
+SearchMode = Literal["exact", "best", "fast"]
+"""How `MVQ.encode` looks for codes. exact: as multi_quantization does. best: from two starts, ten rounds each, the lowest error of all
+rounds. fast: no predictor, three sweeps of coordinate descent and one round."""
 
 
 def check_power_of_two(name: str, value: int) -> None:
@@ -39,9 +46,9 @@ class MVQ(Quantizer):
     Args:
         dim: D. num_codebooks: C, a power of two. codebook_size: K, a power of two.
         normalizer: channel normalisation, or None. entries: entries in use, a power of two; None: all.
-        seed: decides the initial weights and the identity.
+        seed: decides the initial weights and the identity. mode: how `encode` searches, saved with the weights.
     Raises:
-        ConfigError: a size is not a power of two.
+        ConfigError: a size is not a power of two, or `mode` is unknown.
     """
 
     kind: ClassVar[str] = "mvq"
@@ -56,8 +63,12 @@ class MVQ(Quantizer):
         normalizer: Normalizer | None = None,
         entries: int | None = None,
         seed: int = 0,
+        mode: SearchMode = "exact",
     ) -> None:
         super().__init__(dim, num_codebooks, codebook_size, normalizer)
+        if mode not in get_args(SearchMode):
+            raise ConfigError(f"`search` must be exact, best or fast, but is {mode}")
+        self.mode: SearchMode = mode
         self.entries = codebook_size if entries is None else entries
         for name, value in (("num_codebooks", num_codebooks), ("codebook_size", codebook_size), ("entries", self.entries)):
             check_power_of_two(name, value)
@@ -103,31 +114,65 @@ class MVQ(Quantizer):
                 self._tables, self._tables_of = make_tables(self.effective_centers()), key
         return self._tables
 
-    @torch.no_grad()
     def search(self, frames: Tensor, refine_iters: int) -> Tensor:
         """Codes (M, C) int64 of normalised frames (M, D): the predicted ones, refined `refine_iters` times."""
+
+        def exact(rows: Tensor, count: int) -> Tensor:
+            codes = self.logits(rows).argmax(dim=-1)[:count]
+            return refine(self.tables(), frame_costs(self.tables(), rows)[:count], codes, refine_iters) if refine_iters else codes
+
+        return self._in_blocks(frames, exact)
+
+    def search_best(self, frames: Tensor) -> Tensor:
+        """Codes (M, C) int64 of normalised frames (M, D): the lowest error found from the predicted codes and from coordinate descent."""
+
+        def best(rows: Tensor, count: int) -> Tensor:
+            tables = self.tables()
+            costs = frame_costs(tables, rows)[:count]
+            starts = (self.logits(rows).argmax(dim=-1)[:count], sweep(tables, costs, None, _BEST_SWEEPS))
+            first, second = (refine(tables, costs, codes, _BEST_ROUNDS, keep_best=True) for codes in starts)
+            better = errors(tables, costs, second) < errors(tables, costs, first)
+            return torch.where(better[:, None], second, first)
+
+        return self._in_blocks(frames, best)
+
+    def search_fast(self, frames: Tensor) -> Tensor:
+        """Codes (M, C) int64 of normalised frames (M, D): coordinate descent and one round of the merge search."""
+
+        def fast(rows: Tensor, count: int) -> Tensor:
+            costs = frame_costs(self.tables(), rows)[:count]
+            return refine(self.tables(), costs, sweep(self.tables(), costs, None, _FAST_SWEEPS), _FAST_ROUNDS)
+
+        return self._in_blocks(frames, fast)
+
+    @torch.no_grad()
+    def _in_blocks(self, frames: Tensor, codes_of: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """`codes_of` padded blocks of frames, where the second argument says how many rows are frames."""
         found = []
         for block in frames.split(BLOCK_FRAMES):
             # Matrix products of other shapes may round differently. Whole multiples of rows keep a frame's codes the same in any company.
             padded = functional.pad(block, (0, 0, 0, -len(block) % _ROW_MULTIPLE))
-            codes = self.logits(padded).argmax(dim=-1)
-            if refine_iters:
-                tables = self.tables()
-                codes = refine(tables, frame_costs(tables, padded)[: len(block)], codes[: len(block)], refine_iters)
-            found.append(codes[: len(block)])
+            found.append(codes_of(padded, len(block)))
         return torch.cat(found) if found else torch.empty(0, self.num_codebooks, dtype=torch.int64, device=frames.device)
 
     def encode(self, frames: Tensor, refine_iters: int = 5) -> Tensor:
-        """Codes (..., C) uint8 (int16 where K > 256) of teacher frames (..., D).
+        """Codes (..., C) uint8 (int16 where K > 256) of teacher frames (..., D), searched for as `mode` says.
+
+        Compiled loops and torch give the same codes (see `spear.quantizers.search`). Matrix products, though, round as the machine's
+        library does: where two entries are equally good to about seven digits, another machine may choose the other.
 
         Args:
-            refine_iters: rounds of the search after the first guess; 5 is what SPEAR stores, 0 is the guess alone.
+            refine_iters: exact: rounds of the search after the first guess; 5 is what SPEAR stores, 0 is the guess alone.
         Raises:
             DataError: the width is not D, or a value is not finite. ConfigError: `refine_iters` is negative.
         """
         if refine_iters < 0:
             raise ConfigError(f"`refine_iters` must be 0 or more, but is {refine_iters}")
-        codes = self.search(self.normalize(frames), refine_iters)
+        rows = self.normalize(frames)
+        if self.mode == "exact":
+            codes = self.search(rows, refine_iters)
+        else:
+            codes = {"best": self.search_best, "fast": self.search_fast}[self.mode](rows)
         return codes.view(*frames.shape[:-1], self.num_codebooks).to(self.code_dtype)
 
     @torch.no_grad()
@@ -138,14 +183,15 @@ class MVQ(Quantizer):
         return functional.embedding_bag(rows, flat, mode="sum") * (SCALE_SPEED * self.centers_scale).exp()
 
     def settings(self) -> dict[str, Any]:
-        """Entries in use and the identity."""
-        return {"entries": self.entries, "id": self.id}
+        """Entries in use, the identity, and the search where it is not the exact one."""
+        return {"entries": self.entries, "id": self.id, **({} if self.mode == "exact" else {"search": self.mode})}
 
     @classmethod
     def from_state(cls, config: dict[str, Any], state: dict[str, Tensor]) -> MVQ:
         """See `Quantizer.from_state`."""
         sizes = (config["dim"], config["num_codebooks"], config["codebook_size"])
-        quantizer = cls(*sizes, normalizer=take_normalizer(config, state), entries=config["entries"])
+        mode = config.get("search", "exact")
+        quantizer = cls(*sizes, normalizer=take_normalizer(config, state), entries=config["entries"], mode=mode)
         quantizer.load_state_dict(state)
         return quantizer
 
@@ -212,35 +258,3 @@ class MVQ(Quantizer):
 def _version(tensor: Tensor) -> int:
     """Counts in-place changes; tensors made in inference mode cannot be changed outside it and have no counter."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def pack_codes(codes: Tensor, codebook_size: int) -> Tensor:
-    """Pack small codes into bytes as multi_quantization does: neighbours merge, the first as the low digit, while they fit.
-
-    Args:
-        codes: (..., C) integers below `codebook_size`, a power of two of at most 256; C a power of two.
-    Returns:
-        (..., C') uint8: C' = C / 2 for K = 16, C / 4 for K = 4, C for K = 256.
-    """
-    check_power_of_two("codebook_size", codebook_size)
-    if codebook_size > 256:
-        raise ConfigError(f"`codebook_size` must be at most 256 to pack codes into bytes, but is {codebook_size}")
-    packed, size = codes.long(), codebook_size
-    while size * size <= 256 and packed.shape[-1] > 1 and packed.shape[-1] % 2 == 0:
-        packed, size = packed[..., 0::2] + size * packed[..., 1::2], size * size
-    return packed.to(torch.uint8)
-
-
-def unpack_codes(packed: Tensor, num_codebooks: int, codebook_size: int) -> Tensor:
-    """Undo `pack_codes`: (..., C') bytes to (..., C) uint8.
-
-    Raises:
-        DataError: C is not a whole multiple of C' that fits a byte.
-    """
-    check_power_of_two("codebook_size", codebook_size)
-    digits = num_codebooks // max(packed.shape[-1], 1)
-    if digits * packed.shape[-1] != num_codebooks or codebook_size**digits > 256:
-        raise DataError(f"{packed.shape[-1]} bytes per frame cannot hold {num_codebooks} codes of {codebook_size} entries")
-    powers = codebook_size ** torch.arange(digits, device=packed.device)
-    unpacked = (packed.long()[..., None] // powers) % codebook_size
-    return unpacked.flatten(-2).to(torch.uint8)

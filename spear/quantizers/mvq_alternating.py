@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from spear.errors import ArtifactError
 from spear.files import read_tensors, seed_from, write_tensors
 from spear.progress import Meter
 from spear.quantizers.mvq import MVQ
-from spear.quantizers.search import BLOCK_FRAMES, Tables, frame_costs, make_tables, refine
+from spear.quantizers.search import BLOCK_FRAMES, frame_costs, make_tables, refine, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,8 @@ _KMEANS_ITERS = 8
 _DISCRIMINANT_SHRINKAGE = 0.01
 _QUIET_ROUNDS = 2
 _JUDGED_FRAMES = 2000
+_EARLY_FRAMES = 15
+_SPREAD_FRAMES = 4096
 
 
 @dataclass(frozen=True)
@@ -129,21 +130,29 @@ def fit_alternating(
 
 
 def _round(state: _State, frames: Tensor, settings: Settings, seed: int) -> None:
-    """One turn: new codes, then new centres."""
-    centers = state.centers
+    """One turn: new codes, then new centres. Early rounds take every n-th frame only, where that leaves enough of them."""
     sweeping = state.made < settings.rounds
-    if sweeping and settings.noise:
-        generator = torch.Generator().manual_seed(seed_from(seed, "noise", state.made))
-        scale = settings.noise * (1 - (state.made + 1) / settings.rounds)
-        spread = frames.std(dim=0, correction=0) / centers.shape[0] ** 0.5
-        centers = centers + scale * spread * torch.randn(centers.shape, generator=generator)
-    tables = make_tables(centers)
+    early = 4 * state.made < 3 * settings.rounds
+    step = max(1, len(frames) // (_EARLY_FRAMES * state.centers[..., 0].numel())) if early else 1
+    part = slice(state.made % step, None, step)
+    tables = make_tables(_perturbed(state, frames, settings, seed) if sweeping else state.centers)
     found = []
-    for rows, codes in zip(frames.split(BLOCK_FRAMES), state.codes.split(BLOCK_FRAMES)):
+    for rows, codes in zip(frames[part].split(BLOCK_FRAMES), state.codes[part].split(BLOCK_FRAMES)):
         costs = frame_costs(tables, rows)
         found.append(sweep(tables, costs, codes, settings.sweeps) if sweeping else refine(tables, costs, codes, 1))
-    state.codes = torch.cat(found)
-    state.centers = solve_centers(frames, state.codes, state.centers, settings.ridge)
+    state.codes = state.codes.clone()
+    state.codes[part] = torch.cat(found)
+    state.centers = solve_centers(frames[part], state.codes[part], state.centers, settings.ridge)
+
+
+def _perturbed(state: _State, frames: Tensor, settings: Settings, seed: int) -> Tensor:
+    """Centres with noise that falls to zero over the rounds, so that poor local optima are left."""
+    scale = settings.noise * (1 - (state.made + 1) / settings.rounds)
+    if not scale:
+        return state.centers
+    generator = torch.Generator().manual_seed(seed_from(seed, "noise", state.made))
+    spread = frames[:: max(1, len(frames) // _SPREAD_FRAMES)].std(dim=0, correction=0) / state.centers.shape[0] ** 0.5
+    return state.centers + scale * spread * torch.randn(state.centers.shape, generator=generator)
 
 
 def _judge(state: _State, frames: Tensor, heldout: Tensor, blank: MVQ) -> float:
@@ -219,22 +228,6 @@ def _kmeans(points: Tensor, entries: int, generator: torch.Generator) -> Tensor:
         empty = (counts == 0).nonzero()[:, 0]
         means[empty] = sample[torch.randint(len(sample), (len(empty),), generator=generator)]
     return means
-
-
-def sweep(tables: Tables, costs: Tensor, codes: Tensor, sweeps: int) -> Tensor:
-    """Coordinate descent: each codebook in turn takes its best entry given the others, `sweeps` times over.
-
-    costs: (B, C*K) from `frame_costs`; codes: (B, C) int64. Returns (B, C) int64.
-    """
-    num, size = codes.shape[1], tables.size
-    offsets = torch.arange(num, device=codes.device) * size
-    rows = codes + offsets
-    blocks = tables.cross.view(num * size, num, size).transpose(0, 1).contiguous()
-    for _ in range(sweeps):
-        for codebook in range(num):
-            given = functional.embedding_bag(rows, blocks[codebook], mode="sum") + costs[:, codebook * size : (codebook + 1) * size]
-            rows[:, codebook] = given.argmin(dim=1) + offsets[codebook]
-    return rows - offsets
 
 
 def solve_centers(frames: Tensor, codes: Tensor, previous: Tensor, ridge: float) -> Tensor:

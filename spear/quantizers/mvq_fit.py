@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from spear.errors import ConfigError, DataError
 from spear.files import sha256, sha256_json
 from spear.quantizers.base import QuantizerConfig, check_fit_frames
-from spear.quantizers.mvq import MVQ, check_power_of_two
+from spear.quantizers.mvq import MVQ, SearchMode, check_power_of_two
 from spear.quantizers.mvq_alternating import Settings, fit_alternating
 from spear.quantizers.mvq_reference import PHASE_TWO_SIZE, Schedule, fit_two_phase
 from spear.quantizers.normalize import Normalizer
@@ -30,17 +30,19 @@ class MVQConfig(QuantizerConfig):
     """K, a power of two of at least 2."""
     normalize: bool = True
     """Whether channels are normalised first, which weighs them equally."""
+    search: SearchMode = "exact"
+    """How codes are looked for. exact: as multi_quantization does. best: lowest error, twice the time. fast: no predictor, half the time."""
     solver: Literal["alternating", "reference"] = "alternating"
     """alternating: least squares by turns, short. reference: the two-phase gradient fit of multi_quantization, long."""
     frames_per_entry: int = 20
     """alternating: fewest frames per entry; with less data, codebooks use fewer entries."""
-    rounds: int = 8
+    rounds: int = 16
     """alternating: rounds of coordinate descent and least squares."""
-    sweeps: int = 2
+    sweeps: int = 1
     """alternating: passes over the codebooks per round."""
     polish_rounds: int = 2
     """alternating: most rounds with the encoder's own search, stopped early by the held-out loss."""
-    noise: float = 0.2
+    noise: float = 0.5
     """alternating: perturbation of the centres in the first round, relative to a codebook's share of the spread."""
     ridge: float = 1.0
     """alternating: weight, in frames, that holds a centre at its last place."""
@@ -52,6 +54,8 @@ class MVQConfig(QuantizerConfig):
     """reference: frames per step."""
 
     def __post_init__(self) -> None:
+        if self.search not in get_args(SearchMode):
+            raise ConfigError(f"`search` must be exact, best or fast, but is {self.search}")
         check_power_of_two("num_codebooks", self.num_codebooks)
         check_power_of_two("codebook_size", self.codebook_size)
         if self.codebook_size < 2 or self.codebook_size > 2**15:
@@ -73,6 +77,11 @@ class MVQConfig(QuantizerConfig):
         Raises:
             DataError: fewer frames than entries, or non-finite ones. ArtifactError: `checkpoint` belongs to another fit.
         """
+        quantizer = self._fit(train, heldout, seed, checkpoint)
+        quantizer.mode = self.search
+        return quantizer
+
+    def _fit(self, train: Tensor, heldout: Tensor, seed: int, checkpoint: Path | None) -> MVQ:
         check_fit_frames(train, heldout)
         if len(train) < self.codebook_size:
             raise DataError(f"MVQ needs at least `codebook_size` {self.codebook_size} frames, but has {len(train)}", cause="too_few")

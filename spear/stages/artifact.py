@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import resource
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spear.errors import ArtifactError
 from spear.files import make_folder, read_json, sha256_json, write_json
 from spear.stages import STAGES
+from spear.stages.session import LOCK, Cost, locked, noting
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +55,9 @@ class Artifact:
         self._check(read_json(path))
         with suppress(OSError):  # a finished folder on a read-only disk is good as it is
             self._remove_leftovers()
-            if (self.folder / UNFINISHED).exists():
-                (self.folder / UNFINISHED).unlink()
+            for name in (UNFINISHED, LOCK):  # of a process that was killed at its very end
+                if (self.folder / name).exists():
+                    (self.folder / name).unlink()
         logger.info("%s: finished already, nothing to do (%s)", self.identity["kind"], self.folder)
         return True
 
@@ -79,41 +77,38 @@ class Artifact:
                 path.unlink()
 
     @contextmanager
-    def making(self) -> Iterator[Record]:
+    def making(self, processes: int = 1) -> Iterator[Record]:
         """Guard the folder while a stage fills it; on a clean exit, write ``artifact.json``.
 
-        A folder that another set of inputs left unfinished is refused; one with the same inputs is resumed.
+        A folder that another set of inputs left unfinished is refused; one with the same inputs is resumed, and its cost so far counts.
+
+        Args:
+            processes: that work on the folder together; only one of them may call this.
+        Raises:
+            ArtifactError: other inputs, or another process is at work on the folder.
         """
         make_folder(self.folder)
-        guard = self.folder / UNFINISHED
-        if guard.exists():
-            self._check(read_json(guard))
-            logger.info("%s: resuming %s", self.identity["kind"], self.folder)
-        else:
-            write_json(guard, {**self.identity, "fingerprint": self.fingerprint})
-        self._remove_leftovers()
-        record, start = Record(), time.monotonic()
-        yield record
-        measured = {"wall_s": round(time.monotonic() - start, 3), "peak_memory_mb": round(peak_memory_mb(), 1)}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            measured["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-            measured["gpu_hours"] = round(measured["wall_s"] / 3600, 4)
-        done = {
-            **self.identity,
-            "fingerprint": self.fingerprint,
-            "counts": record.counts,
-            "audio_s": round(record.audio_s, 3),
-            **({"extra": record.extra} if record.extra else {}),
-            "measured": measured,
-        }
-        write_json(self.folder / DONE, done)
-        guard.unlink(missing_ok=True)
-
-
-def peak_memory_mb() -> float:
-    """Largest resident memory of this process and of its finished children so far, in MiB."""
-    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return max(own, children) / 1024
+        with locked(self.folder):
+            guard = self.folder / UNFINISHED
+            found: dict[str, Any] = {}
+            if guard.exists():
+                found = read_json(guard)
+                self._check(found)
+                logger.info("%s: resuming %s", self.identity["kind"], self.folder)
+            self._remove_leftovers()
+            record, cost = Record(), Cost(found.get("measured", {}), processes)
+            identity = {**self.identity, "fingerprint": self.fingerprint}
+            with noting(lambda: write_json(guard, {**identity, "measured": cost.so_far()})):
+                yield record
+            done = {
+                **identity,
+                "counts": record.counts,
+                "audio_s": round(record.audio_s, 3),
+                **({"extra": record.extra} if record.extra else {}),
+                "measured": cost.so_far(),
+            }
+            write_json(self.folder / DONE, done)
+            guard.unlink(missing_ok=True)
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

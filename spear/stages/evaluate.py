@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from spear.config import to_json
 from spear.data.audio import load_audio
 from spear.data.corpora import CorpusConfig
-from spear.errors import ArtifactError, ConfigError
+from spear.errors import ConfigError
 from spear.evaluation.collect import AudioCache, Plan
 from spear.evaluation.embedders import Embedder, Encoded, LogMel, TeacherFrames
 from spear.evaluation.examples import Labeller, choose_example, make_example, write_examples
@@ -31,6 +30,7 @@ from spear.quantizers import load_quantizer
 from spear.quantizers.base import Quantizer
 from spear.recipe import Run
 from spear.stages.artifact import DONE, Artifact, fingerprint_of
+from spear.stages.manifests import find_manifest, manifest_path
 from spear.teachers.base import Teacher, TeacherConfig, extract
 from spear.types import EncoderOutput
 
@@ -207,18 +207,6 @@ def domain_of(corpora: list[CorpusConfig]) -> str:
     return "+".join(sorted({corpus.domain for corpus in corpora}))
 
 
-def manifest(run: Run, corpus: CorpusConfig, split: Split) -> Path:
-    """Path of a corpus's cuts.
-
-    Raises:
-        ArtifactError: the file does not exist.
-    """
-    path = run.data / "manifests" / f"{corpus.name}_cuts_{split}.jsonl.gz"
-    if not path.exists():
-        raise ArtifactError(f"{path} does not exist: run `spear manifests` first, with a {split} split")
-    return path
-
-
 def read_cuts(run: Run, corpora: dict[str, list[CorpusConfig]]) -> dict[str, dict[Split, list[Any]]]:
     """Cuts of every task and split; tasks on the same corpora share the objects."""
     read: dict[tuple[str, Split], list[Any]] = {}
@@ -226,18 +214,19 @@ def read_cuts(run: Run, corpora: dict[str, list[CorpusConfig]]) -> dict[str, dic
         for corpus in found:
             for split in SPLITS:
                 if (corpus.name, split) not in read:
-                    read[corpus.name, split] = list(CutSet.from_jsonl_lazy(manifest(run, corpus, split)))
+                    read[corpus.name, split] = list(CutSet.from_jsonl_lazy(find_manifest(run.data, corpus.name, split)))
     return {task: {split: [cut for corpus in found for cut in read[corpus.name, split]] for split in SPLITS} for task, found in corpora.items()}
 
 
 def example_cuts(run: Run) -> dict[str, Any]:
     """One valid cut of the first corpus of each domain that teachers label or that a task reads."""
     chosen: dict[str, Any] = {}
-    judged = {config.domain for config in run.recipe.evaluation.tasks.values()}
+    tasks = run.recipe.evaluation.tasks.items()
+    judged = {corpus.domain for name, config in tasks for corpus in corpora_of(name, config, run.corpora)}
     for corpus in run.corpora:
         if corpus.domain not in judged and not run.labels(corpus.domain):
             continue
-        path = run.data / "manifests" / f"{corpus.name}_cuts_valid.jsonl.gz"
+        path = manifest_path(run.data, corpus.name, "valid")
         if corpus.domain not in chosen and path.exists():
             cuts = [cut for cut, _ in zip(CutSet.from_jsonl_lazy(path), range(1000))]
             if cuts:
@@ -263,7 +252,7 @@ def inputs_of(run: Run, corpora: dict[str, list[CorpusConfig]]) -> dict[str, str
     inputs = {"export": fingerprint_of(run.exp / "export")}
     for corpus in {corpus.name: corpus for found in corpora.values() for corpus in found}.values():
         for split in SPLITS:
-            inputs[f"manifests/{corpus.name}/{split}"] = sha256_file(manifest(run, corpus, split))
+            inputs[f"manifests/{corpus.name}/{split}"] = sha256_file(find_manifest(run.data, corpus.name, split))
     for name in run.recipe.teachers:
         inputs[f"quantizers/{name}"] = fingerprint_of(run.data / "quantizers" / name)
     return inputs

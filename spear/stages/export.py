@@ -1,4 +1,4 @@
-"""Stage 6, ``export``: a run's checkpoints -> the encoder as a model folder."""
+"""Stage 6, ``export``: a run's checkpoints -> the encoder as a model folder, or as an icefall checkpoint."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from spear.config import to_json
 from spear.errors import ArtifactError, CheckpointError
 from spear.export.config import ExportConfig
 from spear.export.encoder import build_encoder, save_encoder
+from spear.export.icefall import require_zipformer, save_icefall
 from spear.files import read_json, read_tensors, sha256_file
 from spear.models.base import StudentConfig
 from spear.stages.artifact import DONE, Artifact
@@ -26,6 +27,11 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "student.encoder."
 """Where the encoder's weights lie in those of the module that was trained."""
+FOLDERS = {"hf": "export", "icefall": "export_icefall"}
+"""Format -> folder below EXP. Each is an artifact of its own, and which one is wanted is no part of its identity."""
+ICEFALL = "pretrained.pt"
+FAR_OFF = 0.25
+"""Share of the steps that should be averaged by which the mean may start early or late without a warning."""
 
 
 class Choice(NamedTuple):
@@ -56,16 +62,19 @@ class Choice(NamedTuple):
 
 
 def run(run: Run) -> None:
-    """Write ``EXP/export`` from ``EXP/checkpoints``.
+    """Write ``EXP/export``, or the folder of another format, from ``EXP/checkpoints``.
 
     Raises:
-        CheckpointError: there is no checkpoint, or not the one that `export` names, or it does not fit the recipe's student.
+        CheckpointError: there is no checkpoint, or not the one that `export` names, or it does not fit the recipe's student or the format.
     """
-    choice = choose(run.exp, run.recipe.export)
+    if run.recipe.export.format == "icefall":
+        require_zipformer(run.recipe.student)
+    choice, folder = choose(run.exp, run.recipe.export), run.exp / FOLDERS[run.recipe.export.format]
+    settings = {key: value for key, value in to_json(run.recipe.export).items() if key != "format"}
     artifact = Artifact(
-        run.exp / "export",
+        folder,
         kind="export",
-        config={"export": to_json(run.recipe.export), "student": to_json(run.recipe.student, StudentConfig)},
+        config={"export": settings, "student": to_json(run.recipe.student, StudentConfig)},
         inputs={name: sha256_file(path) for name, path in choice.files().items()},
     )
     if artifact.is_done():
@@ -75,11 +84,14 @@ def run(run: Run) -> None:
         encoder = build_encoder(run.recipe.student, state, str(choice.end))
         seconds = read_state(choice.end).seconds
         checkpoint = {"step": choice.step, "weights": choice.text(), "hours_of_audio_heard": round(seconds / 3600, 3)}
-        save_encoder(run.exp / "export", encoder.encoder, run.recipe.student, card_info(run, checkpoint))
+        if run.recipe.export.format == "icefall":
+            save_icefall(folder / ICEFALL, encoder.encoder, run.recipe.student)
+        else:
+            save_encoder(folder, encoder.encoder, run.recipe.student, card_info(run, checkpoint))
         record.counts.update(weights=len(state), parameters=sum(value.numel() for value in state.values()))
         record.audio_s = seconds
         record.extra.update(step=choice.step, averaged=choice.averaged, start_step=choice.start_step if choice.averaged else None)
-    logger.info("export: %s, %s weights -> %s", choice.text(), f"{record.counts['parameters']:,}", run.exp / "export")
+    logger.info("export: %s, %s weights -> %s", choice.text(), f"{record.counts['parameters']:,}", folder)
 
 
 def choose(exp: Path, config: ExportConfig) -> Choice:
@@ -100,7 +112,8 @@ def choose(exp: Path, config: ExportConfig) -> Choice:
         return _fall_back(plain, f"it has no {AVERAGE}")
     if step < period:
         return _fall_back(plain, f"the first snapshot of the running average would be taken at step {period}")
-    if config.start_step == 0 or (config.average_share == 1 and config.start_step is None):
+    wanted = config.start(step)
+    if wanted is None:
         return Choice(step, folders[step], averaged=True)
     earlier = [other for other in folders if other < step // period * period and (folders[other] / AVERAGE).exists()]
     if config.start_step is not None:
@@ -108,7 +121,15 @@ def choose(exp: Path, config: ExportConfig) -> Choice:
         if start not in earlier:
             return _fall_back(plain, f"no snapshot of the running average lies between step {start} and it")
     elif earlier:
-        start = min(earlier, key=lambda other: abs(step * (1 - config.average_share) - other))
+        start = min(earlier, key=lambda other: abs(wanted - other))
+        if abs(start - wanted) > FAR_OFF * (step - wanted):
+            logger.warning(
+                "export: the mean is over the steps %d to %d, %.0f %% of training, as no checkpoint is nearer to `export.average_share` %g",
+                start,
+                step,
+                100 * (step - start) / step,
+                config.average_share,
+            )
     else:
         return _fall_back(plain, "there is no earlier checkpoint to average from (`export.start_step=0` would average over all of training)")
     return Choice(step, folders[step], averaged=True, start_step=start, start=folders[start])

@@ -19,6 +19,7 @@ from spear.errors import DataError
 from spear.files import seed_from, sha256_file, write_tensors
 from spear.progress import Meter
 from spear.stages.artifact import Artifact, Record
+from spear.stages.manifests import find_manifest
 from spear.teachers.base import Teacher, default_device
 from spear.teachers.extraction import (
     FeaturesConfig,
@@ -27,7 +28,6 @@ from spear.teachers.extraction import (
     count_causes,
     extract_cuts,
     failure_of,
-    manifest_path,
     read_cuts,
     write_failures,
 )
@@ -67,7 +67,7 @@ def _sample(run: Run, name: str) -> None:
     corpora = corpora_of(name, run.corpora, run.labels, config.domains.get(name))
     if not corpora:
         raise DataError(f"no corpus has a domain that uses the teacher {name}: give its domains in `features.domains.{name}`", cause="empty")
-    manifests = {corpus.name: manifest_path(run.data, corpus.name, "train") for corpus in corpora}
+    manifests = {corpus.name: find_manifest(run.data, corpus.name, "train") for corpus in corpora}
     teacher = run.recipe.teachers[name].build(run.data)
     settings = {key: value for key, value in to_json(config).items() if key not in ("batch_seconds", "max_failed_share", "domains")}
     inputs = {"teacher": teacher.fingerprint(), **{f"manifest.{corpus}": sha256_file(path) for corpus, path in manifests.items()}}

@@ -17,7 +17,7 @@ from lhotse.cut import MonoCut
 from spear.config import to_json
 from spear.data.corpora import SPLITS, CorpusConfig, ManifestsConfig, SourceItem
 from spear.data.prepare import Prepared, prepare
-from spear.errors import DataError
+from spear.errors import ArtifactError, DataError
 from spear.files import read_json, seed_from, write_atomic, write_json, write_text
 from spear.progress import Meter
 from spear.stages.artifact import Artifact
@@ -35,6 +35,18 @@ WAITING = 64  # cuts in flight, so that a corpus of any size needs the same memo
 def manifest_path(data: Path, corpus: str, split: str) -> Path:
     """Where the cuts of a corpus's split lie."""
     return data / "manifests" / f"{corpus}_cuts_{split}.jsonl.gz"
+
+
+def find_manifest(data: Path, corpus: str, split: str) -> Path:
+    """As `manifest_path`, of a manifest that is there.
+
+    Raises:
+        ArtifactError: it is not; names the stage to run.
+    """
+    path = manifest_path(data, corpus, split)
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist: run `spear manifests` first, with a {split} split")
+    return path
 
 
 def run(run: Run) -> None:

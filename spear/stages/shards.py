@@ -21,7 +21,7 @@ from spear.errors import ArtifactError, DataError
 from spear.files import read_tensors, sha256_file, write_tensors
 from spear.progress import Meter
 from spear.stages.artifact import Artifact, Record, differences, fingerprint_of, read_artifact
-from spear.stages.manifests import manifest_path
+from spear.stages.manifests import find_manifest, manifest_path
 from spear.teachers.base import TeacherConfig
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run(run: Run) -> None:
 def _make_corpus(run: Run, corpus: CorpusConfig) -> None:
     folder, teachers = run.data / "shards" / corpus.name, run.teachers_of(corpus.domain)
     splits = [split for split in SPLITS if split == "train" or manifest_path(run.data, corpus.name, split).exists()]
-    inputs = {f"manifest/{split}": sha256_file(manifest_path(run.data, corpus.name, split)) for split in splits}
+    inputs = {f"manifest/{split}": sha256_file(find_manifest(run.data, corpus.name, split)) for split in splits}
     for teacher in teachers:
         for split in splits:
             inputs[f"tokens/{teacher}/{split}"] = fingerprint_of(_token_folder(run.data, teacher, corpus.name, split))

@@ -17,7 +17,9 @@ from spear.data.token_store import TokenWriter
 from spear.errors import ArtifactError, DataError
 from spear.files import sha256_file
 from spear.progress import Meter
+from spear.quantizers.card import entry_counts
 from spear.stages.artifact import Artifact, Record, fingerprint_of, read_artifact
+from spear.stages.manifests import find_manifest, manifest_path
 from spear.teachers.base import Teacher, TeacherConfig, default_device
 from spear.teachers.extraction import (
     TokensConfig,
@@ -27,7 +29,6 @@ from spear.teachers.extraction import (
     count_cuts,
     extract_cuts,
     failure_of,
-    manifest_path,
     read_cuts,
     write_failures,
 )
@@ -57,10 +58,10 @@ def run(run: Run) -> None:
             continue
         tokenizer = load_tokenizer(run, name)
         for corpus, split in itertools.product(corpora, SPLITS):
-            path = manifest_path(run.data, corpus.name, split)
-            if split != "train" and not path.exists():
+            if split != "train" and not manifest_path(run.data, corpus.name, split).exists():
                 logger.info("tokens: %s has no %s cuts", corpus.name, split)
                 continue
+            path = find_manifest(run.data, corpus.name, split)
             _tokenize(run, tokenizer, path, run.data / "tokens" / name / corpus.name / split, f"{name} {corpus.name} {split}")
 
 
@@ -154,7 +155,7 @@ def _fill(tokenizer: Tokenizer, manifest: Path, folder: Path, config: TokensConf
             for block in failed_blocks:
                 writer.discard(block)
             raise
-        histogram += count_codes(writer.codes(index), tokenizer.spec.codebook_size)
+        histogram += entry_counts(writer.codes(index), tokenizer.spec.codebook_size)
         record.audio_s += done["audio_s"]
         meter.advance(len(cuts), audio_s=done["audio_s"])
         num_blocks, num_cuts = index + 1, num_cuts + len(done["ids"])
@@ -194,11 +195,6 @@ def _write_block(tokenizer: Tokenizer, writer: TokenWriter, index: int, cuts: li
         failures=[failed[cut.id] for cut in cuts if cut.id in failed],
         audio_s=round(sum(cut.duration for cut in kept), 6),
     )
-
-
-def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
-    """(C, K) int64 uses of every entry in codes (F, C)."""
-    return torch.stack([torch.bincount(column.long(), minlength=codebook_size) for column in codes.T])
 
 
 def check_collapse(histogram: Tensor, name: str) -> None:

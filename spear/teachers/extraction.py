@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spear.bounds import above, at_least
+from spear.data.batches import batches_of
 from spear.errors import ArtifactError, ConfigError, DataError, SpearError
 from spear.files import write_text
 from spear.teachers.base import Teacher
@@ -40,15 +42,14 @@ class FeaturesConfig:
     """Largest share of the chosen cuts that may fail."""
 
     def __post_init__(self) -> None:
-        _at_least("num_frames", self.num_frames, 2)
+        at_least("num_frames", self.num_frames, 2)
         _share("heldout_share", self.heldout_share)
-        if self.heldout_share <= 0:
-            raise ConfigError(f"`heldout_share` must be above 0, but is {self.heldout_share}")
-        _at_least("max_heldout_frames", self.max_heldout_frames, 1)
+        above("heldout_share", self.heldout_share, 0)
+        at_least("max_heldout_frames", self.max_heldout_frames, 1)
         if self.frames_per_cut is not None:
-            _at_least("frames_per_cut", self.frames_per_cut, 1)
+            at_least("frames_per_cut", self.frames_per_cut, 1)
         _share("max_failed_share", self.max_failed_share)
-        _above_zero("batch_seconds", self.batch_seconds)
+        above("batch_seconds", self.batch_seconds, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,25 +68,15 @@ class TokensConfig:
     """Largest difference between the frames a teacher gives and those the cut's duration promises."""
 
     def __post_init__(self) -> None:
-        _at_least("cuts_per_block", self.cuts_per_block, 1)
-        _at_least("length_tolerance_frames", self.length_tolerance_frames, 0)
+        at_least("cuts_per_block", self.cuts_per_block, 1)
+        at_least("length_tolerance_frames", self.length_tolerance_frames, 0)
         _share("max_failed_share", self.max_failed_share)
-        _above_zero("batch_seconds", self.batch_seconds)
-
-
-def _at_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"`{key}` must be at least {least}, but is {value}")
+        above("batch_seconds", self.batch_seconds, 0)
 
 
 def _share(key: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ConfigError(f"`{key}` must be in [0, 1), but is {value}")
-
-
-def _above_zero(key: str, value: float) -> None:
-    if value <= 0:
-        raise ConfigError(f"`{key}` must be above 0, but is {value}")
 
 
 class Outcome(NamedTuple):
@@ -96,11 +87,6 @@ class Outcome(NamedTuple):
     audio_s: float
     cause: str = ""
     message: str = ""
-
-
-def manifest_path(data: Path, corpus: str, split: str) -> Path:
-    """Where the manifests stage leaves the cuts of a corpus."""
-    return data / "manifests" / f"{corpus}_cuts_{split}.jsonl.gz"
 
 
 def read_cuts(path: Path) -> Iterator[Any]:
@@ -137,16 +123,6 @@ def count_cuts(path: Path) -> int:
         raise ArtifactError(f"{path} does not exist: run `spear manifests` first") from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path} is not a readable manifest: {error}", cause="manifest") from error
-
-
-def batches_of(cuts: Sequence[Any], batch_seconds: float) -> list[list[Any]]:
-    """Cuts of like durations together; a batch's padded length stays within `batch_seconds`, a longer cut is alone."""
-    batches: list[list[Any]] = []
-    for cut in sorted(cuts, key=lambda cut: (cut.duration, cut.id)):
-        if not batches or (len(batches[-1]) + 1) * cut.duration > batch_seconds:
-            batches.append([])
-        batches[-1].append(cut)
-    return batches
 
 
 def extract_cuts(

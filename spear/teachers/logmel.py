@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spear.errors import ConfigError
+from spear.bounds import at_least
 from spear.teachers.base import Teacher, TeacherConfig, verified
 from spear.types import TeacherOutput
 
@@ -27,8 +27,8 @@ class LogMelConfig(TeacherConfig):
     """Neighbouring 10 ms frames put beside each other; the rate is 100 / stack Hz."""
 
     def __post_init__(self) -> None:
-        _positive("num_mel_bins", self.num_mel_bins)
-        _positive("stack", self.stack)
+        at_least("num_mel_bins", self.num_mel_bins, 1)
+        at_least("stack", self.stack, 1)
 
     def build(self, folder: Path | None = None) -> Teacher:
         """See TeacherConfig.build."""
@@ -43,16 +43,11 @@ class MfccConfig(TeacherConfig):
     """Neighbouring 10 ms frames put beside each other; the rate is 100 / stack Hz."""
 
     def __post_init__(self) -> None:
-        _positive("stack", self.stack)
+        at_least("stack", self.stack, 1)
 
     def build(self, folder: Path | None = None) -> Teacher:
         """See TeacherConfig.build."""
         return verified(FilterbankTeacher("mfcc", MFCC_DIM, self.stack))
-
-
-def _positive(key: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"`{key}` must be at least 1, but is {value}")
 
 
 class FilterbankTeacher(Teacher):

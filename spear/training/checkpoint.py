@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -91,15 +91,20 @@ def save_checkpoint(folder: Path, state: TrainingState, module: nn.Module, avera
     return path
 
 
-def prune_checkpoints(folder: Path, keep: int, every: int = 1) -> None:
-    """Delete all but the last `keep` checkpoints, and what a killed process left half written.
+def prune_checkpoints(folder: Path, keep: int, every: int = 1, milestones: Sequence[float] = ()) -> None:
+    """Delete all but the last `keep` checkpoints and those nearest to `milestones`, and what a killed process left half written.
 
     An earlier checkpoint that is not of a multiple of `every` updates was saved on a signal; it goes, too, so that a run that was stopped
     and continued ends with the checkpoints of one that was not.
+
+    Args:
+        milestones: updates; of two that are equally near to one, the earlier checkpoint stays.
     """
     found = find_checkpoints(folder)
-    regular = [path for step, path in found[:-1] if step % every == 0]
-    kept = [*regular, *(path for _, path in found[-1:])][-keep:]
+    regular = [(step, path) for step, path in found if step % every == 0]
+    kept = [*(path for _, path in regular if path != found[-1][1]), *(path for _, path in found[-1:])][-keep:]
+    if regular:
+        kept += [min(regular, key=lambda item: abs(item[0] - wanted))[1] for wanted in milestones]
     for path in (path for _, path in found if path not in kept):
         doomed = path.with_name(f".{path.name}.tmp")
         path.rename(doomed)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from spear.bounds import above, at_least
 from spear.errors import ConfigError
 from spear.training.distributed import Device
-from spear.training.optim.base import OptimizerConfig, ScheduleConfig, above, at_least
+from spear.training.optim.base import OptimizerConfig, ScheduleConfig
 from spear.training.optim.eden import EdenConfig
 from spear.training.optim.scaled_adam import ScaledAdamConfig
 
@@ -33,7 +34,7 @@ class TrainingConfig:
     save_every: int = 4000
     """Updates between two checkpoints; the last update is always saved."""
     keep_checkpoints: int = 10
-    """Checkpoints kept, the last ones. Each takes about 20 bytes per parameter."""
+    """Checkpoints kept, the last ones, beside the one or two that `export` reads. Each takes about 20 bytes per parameter."""
     average_period: int = 200
     """Updates between two snapshots of the running weight average."""
     reference_s: float = 600.0

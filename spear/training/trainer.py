@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -52,7 +52,7 @@ class Trainer:
         folder: of the run; gets checkpoints, metrics and TensorBoard files. seed: of masks and dropout.
         fingerprint: of everything the run depends on; guards its checkpoints.
         world: this process among those of the run. tracker: where records go. description: settings to keep in checkpoints.
-        title: of the progress line.
+        title: of the progress line. milestones: updates whose nearest checkpoints are kept beside the last ones.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Trainer:
         tracker: Tracker | None = None,
         description: dict[str, Any] | None = None,
         title: str = "pretrain",
+        milestones: Sequence[float] = (),
     ) -> None:
         self.config, self.train, self.valid, self.folder, self.seed, self.title = config, train, valid, folder, seed, title
         self.world = world or World()
@@ -83,7 +84,7 @@ class Trainer:
         self.tracker = tracker or Tracker(folder)
         self.state = TrainingState(fingerprint=fingerprint, average_period=config.average_period, config=description or {})
         self.window, self.watch = Metrics(), Stopwatch(self.device)
-        self.stopping, self.logged_s = False, 0.0
+        self.stopping, self.logged_s, self.milestones = False, 0.0, milestones
 
     def run(self) -> TrainingResult:
         """Train to the end.
@@ -220,7 +221,7 @@ class Trainer:
             logger.info("saved %s", path)
 
     def _prune(self) -> None:
-        checkpoint.prune_checkpoints(self.folder, self.config.keep_checkpoints, self.config.save_every)
+        checkpoint.prune_checkpoints(self.folder, self.config.keep_checkpoints, self.config.save_every, self.milestones)
 
     def _resume(self) -> None:
         found = self.world.gather(checkpoint.find_checkpoints(self.folder) if self.world.is_main else [])[0]

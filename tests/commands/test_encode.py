@@ -13,6 +13,7 @@ import torch
 from spear.commands.encode import encode_files, output_names
 from spear.errors import CheckpointError, ConfigError, DataError
 from spear.export import save_encoder
+from spear.export.audio import read_audio
 from tests.export.tiny import tiny_encoder, tone
 
 
@@ -74,6 +75,32 @@ def test_encode_gives_the_same_bytes_again(export: Path, tmp_path: Path) -> None
     assert second.read_bytes() == before
     # 1.5 s at 8 kHz are 150 log-mel frames
     assert read(first)["features"].shape == ((150 - 7) // 2, 48)
+
+
+@pytest.mark.parametrize("layer", ["last", 0, "all"])
+def test_encode_writes_a_long_recording_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: Any) -> None:
+    monkeypatch.setattr("spear.commands.encode.LONG_S", 20.0)
+    encoder = tiny_encoder(encoder_dim=32)
+    save_encoder(tmp_path / "even", encoder.encoder, encoder.student, {})
+    files = [write(tmp_path / "short.wav", 6000), write(tmp_path / "long.wav", 16000 * 41 // 2, 8000)]
+    short, long = encode_files(tmp_path / "even", files, tmp_path / "out", layer, window_s=16.0)
+    again = encode_files(tmp_path / "even", files, tmp_path / "again", layer, window_s=16.0)
+    assert [path.read_bytes() for path in (short, long)] == [path.read_bytes() for path in again]
+    expected = encoder.encode_long(read_audio(files[1], 16000), window_s=16.0, hidden_states=True)
+    states = torch.stack([state[0] for state in expected.hidden_states])
+    wanted = {"last": expected.features[0], 0: states[0], "all": states}[layer]
+    np.testing.assert_allclose(read(long)["features"], wanted.numpy(), atol=1e-5)
+    assert read(long)["features"].flags.c_contiguous
+    assert read(short)["features"].ndim == wanted.ndim
+    (whole,) = encode_files(tmp_path / "even", files[1:], tmp_path / "whole", layer, window_s=0)
+    assert read(whole)["features"].shape == wanted.shape
+    assert np.abs(read(whole)["features"] - wanted.numpy()).max() > 1e-4
+    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix != ".npz"]
+
+
+def test_encode_raises_config_error_when_the_window_is_too_short(export: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`window` must be 0 or at least 16 s, twice the overlap of windows, but is 10"):
+        encode_files(export, [write(tmp_path / "a.wav")], tmp_path / "out", window_s=10.0)
 
 
 def test_encode_never_writes_two_audios_to_one_name(export: Path, tmp_path: Path) -> None:

@@ -65,6 +65,27 @@ def test_import_says_where_the_weights_are_from_and_which_were_dropped(tmp_path:
     assert str(tmp_path) not in card
 
 
+def test_import_keeps_heads_where_asked_to(tmp_path: Path) -> None:
+    source = icefall(tmp_path / "epoch-1.pt", tiny_encoder(), prefix="module.")
+    import_model(source, tmp_path / "out", keep_heads=True)
+    kept = read_tensors(tmp_path / "out" / "heads.safetensors")
+    assert {name: value.shape for name, value in kept.items()} == {name: value.shape for name, value in HEADS.items()}
+    assert "2 weights of training heads were kept in heads.safetensors." in (tmp_path / "out" / "README.md").read_text()
+    assert torch.equal(features(load_encoder(tmp_path / "out")), features(tiny_encoder()))
+    import_model(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "heads.safetensors").exists()
+
+
+def test_import_takes_the_weights_that_are_named(tmp_path: Path) -> None:
+    encoder = tiny_encoder()
+    average = {f"module.{key}": value * 0.5 for key, value in encoder.encoder.state_dict().items()}
+    source = icefall(tmp_path / "epoch-1.pt", encoder, model_avg=average)
+    import_model(source, tmp_path / "out", "model_avg")
+    found = read_tensors(tmp_path / "out" / "model.safetensors")["model.mask_emb"]
+    assert torch.equal(found, average["module.mask_emb"])
+    assert "Imported from the icefall checkpoint epoch-1.pt, model_avg." in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("prefix", ["model.", "model.model."])
 def test_import_takes_a_released_folder(tmp_path: Path, prefix: str) -> None:
     encoder = tiny_encoder()

@@ -41,12 +41,21 @@ def test_plan_keeps_the_number_of_batches_and_the_bound(size: int, buckets: int,
     plan = plan_of(*lengths, seed=seed, num_buckets=buckets, max_batch_s=30.0)
     for epoch in (0, 3):
         drawn = epoch_of(plan, epoch)
-        assert drawn.total() == plan.draws_per_epoch
         assert sum(n for (c, _), n in drawn.items() if c == 0) == size
     for g in range(plan.batches_per_epoch):
         rows = plan.batch(g)
         assert rows
         assert len(rows) * max(lengths[c].samples[i] for c, i in rows) <= 30.0 * 16000
+
+
+@pytest.mark.parametrize(("growth_s", "most"), [(0.0, 10), (1.5, 7), (30.0, 5)])
+def test_plan_leaves_room_for_what_mixing_adds(growth_s: float, most: int) -> None:
+    """Cuts of 4 s and 40 s per batch; a mixture lasts 4 s + growth, and 8 s at most. A corpus that mixing leaves alone needs no room."""
+    growing, plain = Lengths("a", np.full(60, 64000), 1.0, growth_s), Lengths("b", np.full(40, 80000))
+    plan = plan_of(growing, plain, num_buckets=2, max_batch_s=40.0)
+    sizes = {c: max(len(rows) for g in range(plan.batches_per_epoch) if (rows := plan.batch(g))[0][0] == c) for c in (0, 1)}
+    assert sizes == {0: most, 1: 8}
+    assert epoch_of(plan, 0) == Counter({(c, i): 1 for c, size in ((0, 60), (1, 40)) for i in range(size)})
 
 
 def test_plan_is_a_function_of_the_batch_number_and_the_seed() -> None:
@@ -70,7 +79,7 @@ def test_plan_hears_a_corpus_as_often_as_its_weight_says() -> None:
 
 def test_plan_of_weight_below_one_hears_everything_after_some_epochs() -> None:
     plan = plan_of(corpus("a", 40, 0.25), num_buckets=1)
-    assert plan.draws_per_epoch == 10
+    assert epoch_of(plan, 0).total() == 10
     drawn = epoch_of(plan, 0) + epoch_of(plan, 1) + epoch_of(plan, 2) + epoch_of(plan, 3)
     assert drawn == Counter({(0, i): 1 for i in range(40)})
 

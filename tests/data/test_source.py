@@ -114,10 +114,10 @@ def test_stream_raises_data_error_with_its_own_text_when_a_shard_is_gone(tmp_pat
 def test_mixing_in_batches_changes_audio_and_tokens_together(shards: Path) -> None:
     always = MixingConfig(domains={"speech": DomainMixing(p=1.0, p_noise=0.0)})
     train, _ = sources(shards, always)
-    clean, _ = sources(shards)
     longer = 0
     for g in range(train.batches_per_epoch):
-        batch, plain = train.batch(g), clean.batch(g)
+        plain = BatchBuilder(train.builder.specs)([train.readers[corpus][cut] for corpus, cut in train.plan.batch(g)], 0, g)
+        batch = train.batch(g)
         assert batch.ids == plain.ids
         for i, domain in enumerate(batch.domains):
             n, m = int(batch.feature_lens[i]), int(batch.token_lens["speech"][i])
@@ -126,6 +126,20 @@ def test_mixing_in_batches_changes_audio_and_tokens_together(shards: Path) -> No
                 assert torch.equal(batch.features[i, :n], plain.features[i, :n])
             longer += n > int(plain.feature_lens[i])
     assert longer > 0
+
+
+def test_mixing_never_makes_a_batch_longer_than_max_batch_s(shards: Path) -> None:
+    mixing = MixingConfig(domains={"speech": DomainMixing(p=1.0, p_noise=0.0)})
+    train, _ = sources(shards, mixing, max_batch_s=12.0)
+    readers = {reader.corpus: reader for reader in train.readers}
+    longest = max(int(reader.samples.max()) for reader in readers.values()) / 16000
+    padded, grown = [], 0
+    for g in range(6 * train.batches_per_epoch):
+        batch = train.batch(g)
+        padded.append(len(batch.ids) * float(batch.feature_lens.max()) / 100)
+        grown += int(batch.feature_lens.max()) > 100 * longest
+    assert max(padded) <= 12.0
+    assert grown > 0
 
 
 def test_noise_comes_from_noise_corpora_cropped_or_repeated(shards: Path) -> None:

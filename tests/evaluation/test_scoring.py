@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spear.errors import DataError
-from spear.evaluation.collect import AudioCache, Plan, batches_of
+from spear.evaluation.collect import AudioCache, Plan
 from spear.evaluation.config import EvaluationConfig
 from spear.evaluation.embedders import Audio, Embedder, Layers
 from spear.evaluation.scoring import Model, ordered, score_models
@@ -115,14 +115,6 @@ def test_plan_raises_data_error_when_two_cuts_share_an_id() -> None:
     cuts = {split: [make_cut("same", label="a"), make_cut("same", label="b")] for split in SPLITS}
     with pytest.raises(DataError, match="two cuts of the train split share the id 'same'"):
         Plan.make({"events": UtterancesConfig().build("events", CONFIG.settings(0))}, {"events": cuts}, batch_s=10.0)
-
-
-def test_batches_of_stay_within_the_limit_and_ignore_order() -> None:
-    cuts = [make_cut(f"c{i}", duration=1 + i % 5) for i in range(40)]
-    batches = batches_of(cuts, 12.0)
-    assert sorted(cut.id for batch in batches for cut in batch) == sorted(cut.id for cut in cuts)
-    assert all(len(batch) == 1 or max(cut.duration for cut in batch) * len(batch) <= 12 for batch in batches)
-    assert [[cut.id for cut in batch] for batch in batches] == [[cut.id for cut in batch] for batch in batches_of(cuts[::-1], 12.0)]
 
 
 def test_audio_cache_keeps_what_fits() -> None:

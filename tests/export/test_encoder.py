@@ -89,6 +89,22 @@ def test_audio_encoder_batch_independent_gives_what_each_item_gives_alone() -> N
         assert not out.features[i, frames:].any()
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_audio_encoder_batch_independent_takes_log_mels_too(factor: int) -> None:
+    encoder, lengths = tiny_encoder(output_downsampling_factor=factor), [5000, 8000, 7900]
+    audio = torch.nn.utils.rnn.pad_sequence([tone(length, 200.0 + 150 * i) for i, length in enumerate(lengths)], batch_first=True)
+    features, lens = fbank_batch(audio, torch.tensor(lengths))
+    with torch.no_grad():
+        out = encoder.forward_features(features, lens, batch_independent=True)
+        for i, length in enumerate(lens.tolist()):
+            alone = encoder.forward_features(features[i, :length])
+            frames = int(alone.lens)
+            assert int(out.lens[i]) == frames
+            torch.testing.assert_close(out.features[i, :frames], alone.features[0], atol=1e-5, rtol=1e-5)
+            for state, expected in zip(out.hidden_states, alone.hidden_states):
+                torch.testing.assert_close(state[i, :frames], expected[0], atol=1e-5, rtol=1e-5)
+
+
 def test_padded_batch_front_end_differs_in_the_last_three_frames_only() -> None:
     encoder = tiny_encoder().encoder
     audio = torch.stack([tone(8000), tone(8000, 900.0)])
@@ -151,7 +167,7 @@ def test_saving_raises_checkpoint_error_when_a_weight_is_not_finite(tmp_path: Pa
 
 
 def test_writing_raises_checkpoint_error_when_student_is_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="must be of type zipformer to be exported, but is dict"):
+    with pytest.raises(CheckpointError, match="must be of type zipformer, conformer, transformer to be exported, but is dict"):
         write_folder(tmp_path, tiny_encoder().encoder, {}, {})  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from spear.errors import CheckpointError, DataError
 from spear.export import AudioEncoder, load_encoder, save_encoder
 from spear.export.configuration_spear import SpearConfig
 from spear.export.feature_extraction_spear import SpearFeatureExtractor
-from spear.export.huggingface import register
+from spear.export.huggingface import ENTRIES, model_code, register
 from spear.export.layout import student_fields
 from spear.export.modeling_spear import SpearModel
 from spear.files import read_tensors, write_tensors
@@ -116,6 +117,29 @@ def test_model_gives_hidden_states_at_50_hz_whatever_its_output_rate() -> None:
     assert [state.shape[1] for state in expected.hidden_states] == [11, 11]
 
 
+def test_model_batch_independent_gives_what_each_item_gives_alone() -> None:
+    model, _ = _pair()
+    audio = torch.nn.utils.rnn.pad_sequence(rows(), batch_first=True)
+    with torch.no_grad():
+        out = model(audio, torch.tensor(LENGTHS), batch_independent=True)
+        for i, row in enumerate(rows()):
+            alone = model(row)
+            frames = int(alone.encoder_out_lens)
+            assert int(out.encoder_out_lens[i]) == frames
+            torch.testing.assert_close(out.encoder_out[i, :frames], alone.encoder_out[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(out.hidden_states[1][i, :frames], alone.hidden_states[1][0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_model_encodes_a_long_recording_as_the_encoder_does(factor: int) -> None:
+    model, encoder = _pair(output_downsampling_factor=factor)
+    audio = tone(16000 * 5)
+    found, expected = model.encode_long(audio, window_s=2.0, overlap_s=0.5), encoder.encode_long(audio, window_s=2.0, overlap_s=0.5)
+    assert torch.equal(found.encoder_out, expected.features)
+    assert found.encoder_out_lens.tolist() == expected.lens.tolist()
+    assert "hidden_states" not in found
+
+
 def test_client_in_bfloat16_keeps_float32_log_mels(served: Served) -> None:
     _, found, expected = served
     frames = int(expected.lens[0])
@@ -202,3 +226,11 @@ def _pair(**changes: Any) -> tuple[SpearModel, AudioEncoder]:
     model = SpearModel(SpearConfig(**student_fields(encoder.student))).eval()
     model.model.load_state_dict(encoder.encoder.state_dict())
     return model, encoder
+
+
+def test_the_files_that_transformers_looks_for_name_all_others() -> None:
+    """Transformers 4 copies the imports of these files only, not what those import in turn."""
+    code = model_code()
+    for name in ENTRIES.values():
+        named = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", code[f"{name}.py"], flags=re.MULTILINE))
+        assert {f"{other}.py" for other in named} | {f"{name}.py"} == set(code)

@@ -62,7 +62,7 @@ def test_kmeans_codes_do_not_depend_on_the_company_of_a_frame() -> None:
 def test_kmeans_raises_when_sizes_do_not_fit() -> None:
     with pytest.raises(ConfigError, match="`codebook_size` must be between 2 and 65536, but is 70000"):
         KMeansConfig(codebook_size=70000)
-    with pytest.raises(ConfigError, match="`epochs` must be 1 or more, but is 0"):
+    with pytest.raises(ConfigError, match="`epochs` must be at least 1, but is 0"):
         KMeansConfig(epochs=0)
     frames = clustered(20, 4)
     with pytest.raises(DataError, match="at least `codebook_size` 32 frames, but has 20"):

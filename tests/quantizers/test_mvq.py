@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from spear.errors import ArtifactError, ConfigError, DataError
 from spear.files import read_json, write_json
 from spear.quantizers import MVQ, load_quantizer
-from spear.quantizers.mvq import pack_codes, unpack_codes
 from spear.quantizers.mvq_reference import product
 from spear.quantizers.normalize import Normalizer
 from tests.quantizers.frames import clustered, random_mvq, squared_error
@@ -53,9 +53,8 @@ def test_mvq_agrees_with_the_installed_package(dim: int, num: int, size: int) ->
     frames = torch.randn(60, dim, generator=torch.Generator().manual_seed(1))
     for iters in (0, 1, 5):
         assert torch.equal(quantizer.encode(frames, iters).long(), theirs.encode(frames, iters, as_bytes=False).long())
-    codes = theirs.encode(frames, 5)
-    torch.testing.assert_close(quantizer.decode(unpack_codes(codes, num, size)), theirs.decode(codes).detach(), atol=1e-5, rtol=0)
-    assert torch.equal(pack_codes(quantizer.encode(frames), size), codes)
+    codes = theirs.encode(frames, 5, as_bytes=False)
+    torch.testing.assert_close(quantizer.decode(codes), theirs.decode(codes).detach(), atol=1e-5, rtol=0)
 
 
 def test_mvq_with_fewer_entries_survives_the_package() -> None:
@@ -209,22 +208,6 @@ def test_correlations_are_symmetric_with_unit_diagonal_and_see_shared_directions
     assert 0 < found[0, 3] < 1
 
 
-@pytest.mark.parametrize(("num", "size", "width"), [(8, 16, 4), (8, 4, 2), (8, 2, 1), (4, 256, 4), (1, 16, 1), (2, 4, 1)])
-def test_pack_codes_round_trip(num: int, size: int, width: int) -> None:
-    codes = torch.randint(size, (3, 5, num), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    packed = pack_codes(codes, size)
-    assert packed.shape == (3, 5, width)
-    assert torch.equal(unpack_codes(packed, num, size), codes)
-
-
-def test_pack_codes_puts_the_first_code_in_the_low_digit() -> None:
-    assert pack_codes(torch.tensor([[3, 10]]), 16).tolist() == [[3 + 16 * 10]]
-    with pytest.raises(DataError, match="cannot hold"):
-        unpack_codes(torch.zeros(1, 1, dtype=torch.uint8), 4, 16)
-    with pytest.raises(ConfigError, match="at most 256"):
-        pack_codes(torch.zeros(1, 2), 512)
-
-
 def test_mvq_survives_save_and_load(tmp_path: Path) -> None:
     frames = clustered(60, 8)
     inner = MVQ(8, 4, 16, normalizer=Normalizer.fit(frames), entries=8, seed=5)
@@ -256,7 +239,7 @@ def test_load_quantizer_raises_artifact_error_when_a_file_is_missing_or_damaged(
         load_quantizer(tmp_path)
     weights.write_bytes(good)
     for change, message in (
-        ({"type": "pq"}, "must have `type` kmeans or mvq"),
+        ({"type": "pq"}, "must have `type` .*kmeans or mvq"),
         ({"version": 99}, "must have `version` 1, but has 99"),
         ({"dim": 9}, "does not fit config.json"),
         ({"normalize": True}, "does not fit config.json"),
@@ -276,3 +259,53 @@ def test_fingerprint_follows_weights_and_settings() -> None:
     with torch.no_grad():
         quantizer.centers[0, 0, 0] += 1e-3
     assert quantizer.fingerprint() != before
+
+
+def test_mvq_modes_trade_error_for_time() -> None:
+    quantizer, frames = random_mvq(16, 8, 64), torch.randn(400, 16, generator=torch.Generator().manual_seed(5))
+    rows = quantizer.normalize(frames)
+
+    def error(codes: Tensor) -> Tensor:
+        return (quantizer.reconstruct(codes) - rows).square().sum(dim=1)
+
+    exact, best, fast = quantizer.search(rows, 10), quantizer.search_best(rows), quantizer.search_fast(rows)
+    assert bool((error(best) <= error(exact) + 1e-4).all())
+    assert float(error(best).sum()) < float(error(exact).sum())
+    assert float(error(fast).sum()) < float(error(quantizer.search(rows, 0)).sum())
+
+
+@pytest.mark.parametrize("mode", ["best", "fast"])
+def test_mvq_keeps_its_mode_with_its_weights(tmp_path: Path, mode: Literal["best", "fast"]) -> None:
+    inner, frames = random_mvq(8, 4, 16), clustered(60, 8)
+    before = inner.fingerprint()
+    inner.mode = mode
+    assert inner.fingerprint() != before
+    inner.save(tmp_path)
+    again = load_quantizer(tmp_path)
+    assert isinstance(again, MVQ)
+    assert again.mode == mode
+    expected = inner.search_best(frames) if mode == "best" else inner.search_fast(frames)
+    assert torch.equal(again.encode(frames).long(), expected)
+
+
+def test_mvq_with_the_exact_mode_is_described_as_before_there_were_modes() -> None:
+    assert random_mvq(8, 4, 16).settings().keys() == {"entries", "id"}
+
+
+def test_mvq_raises_config_error_when_its_mode_is_unknown() -> None:
+    with pytest.raises(ConfigError, match="`search` must be exact, best or fast, but is slow"):
+        MVQ(8, 4, 16, mode="slow")  # type: ignore[arg-type]
+
+
+def test_mvq_codes_single_frames_and_odd_widths() -> None:
+    quantizer, frames = random_mvq(13, 4, 64), clustered(50, 13)
+    assert torch.equal(torch.cat([quantizer.encode(frame[None]) for frame in frames]), quantizer.encode(frames))
+    assert quantizer.encode(frames[0]).shape == (4,)
+
+
+def test_mvq_gives_equal_frames_equal_codes() -> None:
+    quantizer, frames = random_mvq(12, 8, 64), clustered(40, 12)
+    for mode in ("exact", "best", "fast"):
+        quantizer.mode = mode  # type: ignore[assignment]
+        codes = quantizer.encode(torch.cat([frames, frames.flip(0)]))
+        assert torch.equal(codes[:40], codes[40:].flip(0))

@@ -16,10 +16,10 @@ from spear.errors import ArtifactError, ConfigError, DataError
 from spear.files import seed_from
 from spear.quantizers import mvq_alternating, mvq_reference
 from spear.quantizers.mvq import MVQ
-from spear.quantizers.mvq_alternating import discriminants, solve_centers, start_centers, sweep
+from spear.quantizers.mvq_alternating import discriminants, solve_centers, start_centers
 from spear.quantizers.mvq_fit import MVQConfig
 from spear.quantizers.mvq_reference import TwoPhaseTrainer
-from spear.quantizers.search import frame_costs, make_tables
+from spear.quantizers.search import frame_costs, make_tables, sweep
 from tests.quantizers.frames import clustered
 
 SMALL: dict[str, Any] = {"num_codebooks": 4, "codebook_size": 16, "rounds": 4, "polish_rounds": 2}
@@ -240,3 +240,49 @@ def test_quantizer_configs_are_tagged() -> None:
     value = to_json(MVQConfig(**SMALL), QuantizerConfig)
     assert value["type"] == "mvq"
     assert json.loads(json.dumps(value))["num_codebooks"] == 4
+
+
+def test_alternating_fit_of_equal_frames_reproduces_them() -> None:
+    frame = torch.linspace(-2.0, 3.0, 7)
+    frames = frame.expand(400, 7).contiguous()
+    quantizer = MVQConfig(**SMALL).fit(frames, frames[:20], seed=0)
+    torch.testing.assert_close(quantizer.decode(quantizer.encode(frames)), frames, atol=1e-3, rtol=0)
+
+
+def test_alternating_fit_of_few_distinct_frames_reproduces_them() -> None:
+    frames = clustered(12, 9)[torch.arange(600) % 12]
+    quantizer = MVQConfig(**SMALL).fit(frames, frames[:24], seed=0)
+    assert relative_loss(quantizer, frames[:24]) < 0.05
+
+
+def test_alternating_fit_ignores_a_channel_that_never_changes() -> None:
+    train, heldout = clustered(1500, 9), clustered(100, 9, seed=1)
+    train[:, 4] = heldout[:, 4] = 2.5
+    quantizer = MVQConfig(**SMALL).fit(train, heldout, seed=0)
+    assert relative_loss(quantizer, heldout) < 0.3
+    torch.testing.assert_close(quantizer.decode(quantizer.encode(heldout))[:, 4], heldout[:, 4], atol=1e-2, rtol=0)
+
+
+def test_fit_raises_data_error_when_there_is_one_frame() -> None:
+    with pytest.raises(DataError, match="at least `codebook_size` 16 frames, but has 1"):
+        MVQConfig(**SMALL).fit(torch.ones(1, 8), torch.ones(1, 8), seed=0)
+
+
+def test_fit_takes_early_rounds_from_a_share_of_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, heldout = clustered(4000, 8), clustered(100, 8, seed=1)
+    solve, sizes = mvq_alternating.solve_centers, []
+
+    def counted(frames: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(len(frames))
+        return solve(frames, *rest)
+
+    monkeypatch.setattr(mvq_alternating, "solve_centers", counted)
+    MVQConfig(**SMALL).fit(train, heldout, seed=0)
+    assert sizes == [1000, 1000, 1000, 4000, 4000, 4000]
+
+
+def test_mvq_fit_hands_its_search_to_the_quantizer() -> None:
+    train, heldout = clustered(800, 8), clustered(100, 8, seed=1)
+    assert MVQConfig(**SMALL, search="best").fit(train, heldout, seed=0).mode == "best"
+    with pytest.raises(ConfigError, match="`search` must be exact, best or fast, but is slow"):
+        MVQConfig(search="slow")  # type: ignore[arg-type]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch import Tensor
 
-from spear.quantizers.search import frame_costs, list_length, make_tables, refine, smallest
+from spear import native
+from spear.quantizers.kernels import search_loops
+from spear.quantizers.merge_search import Tables, list_length, smallest
+from spear.quantizers.search import errors, frame_costs, make_tables, refine, sweep
 from tests.quantizers.frames import merge_search
 
 
@@ -57,3 +65,97 @@ def test_smallest_finds_values_and_places(size: int) -> None:
     assert torch.equal(found.sort(dim=-1).values, values.sort(dim=-1).values[..., :16])
     assert all(len(set(row)) == 16 for row in index.view(-1, 16).tolist())
     torch.testing.assert_close(smallest(values.double(), 16)[0].sort(dim=-1).values.float(), found.sort(dim=-1).values)
+
+
+@pytest.fixture
+def compiled() -> None:
+    if search_loops() is None:
+        pytest.skip("needs a C++ compiler")
+
+
+def problem(num: int, size: int, dim: int, *, whole: bool) -> tuple[Tables, Tensor, Tensor]:
+    """Tables, costs and start codes of random centres; whole numbers make many entries equally good."""
+    generator = torch.Generator().manual_seed(num * size)
+    centres = torch.randn(num, size, dim, generator=generator)
+    frames = num**0.5 * torch.randn(150, dim, generator=generator)
+    tables = make_tables(centres.round() if whole else centres)
+    codes = torch.randint(size, (150, num), generator=generator)
+    return tables, frame_costs(tables, frames.round() if whole else frames), codes
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("num", "size", "dim"), [(1, 64, 5), (2, 256, 9), (8, 64, 12), (16, 256, 24), (32, 16, 24), (8, 2, 7), (4, 8, 3), (64, 4, 16)]
+)
+def test_compiled_loops_give_the_codes_of_torch(monkeypatch: pytest.MonkeyPatch, num: int, size: int, dim: int, whole: bool) -> None:
+    tables, costs, codes = problem(num, size, dim, whole=whole)
+
+    def found() -> list[Tensor]:
+        refined = [refine(tables, costs, codes, iters) for iters in (0, 1, 4)]
+        return [*refined, refine(tables, costs, codes, 4, keep_best=True), sweep(tables, costs, None, 2), sweep(tables, costs, codes, 2)]
+
+    fast = found()
+    monkeypatch.setenv(native.SWITCH, "0")
+    for ours, plain in zip(fast, found()):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_compiled_loops_do_not_depend_on_the_number_of_threads_or_on_other_frames() -> None:
+    tables, costs, codes = problem(8, 64, 12, whole=False)
+    whole, threads = refine(tables, costs, codes, 3), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(refine(tables, costs, codes, 3), whole)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.cat([refine(tables, costs[rows], codes[rows], 3) for rows in torch.arange(150).split([1, 60, 89])]), whole)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_refine_keeps_to_the_codebooks_when_costs_are_not_finite(bad: float) -> None:
+    tables, costs, codes = problem(4, 32, 6, whole=False)
+    costs[:, ::3] = bad
+    for found in (refine(tables, costs, codes, 3), sweep(tables, costs, None, 2)):
+        assert int(found.min()) >= 0
+        assert int(found.max()) < 32
+
+
+def test_refine_with_keep_best_never_raises_an_error() -> None:
+    tables, costs, codes = problem(16, 64, 6, whole=False)
+    last, best = refine(tables, costs, codes, 5), refine(tables, costs, codes, 5, keep_best=True)
+    assert bool((errors(tables, costs, best) <= torch.minimum(errors(tables, costs, last), errors(tables, costs, codes))).all())
+    assert bool((errors(tables, costs, last) > errors(tables, costs, best)).any())
+
+
+def test_errors_are_squared_distances_less_the_norm_of_the_frame() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres, frames = torch.randn(4, 8, 6, generator=generator), torch.randn(20, 6, generator=generator)
+    codes = torch.randint(8, (20, 4), generator=generator)
+    tables = make_tables(centres)
+    direct = (sum(centres[c][codes[:, c]] for c in range(4)) - frames).square().sum(1)
+    found = errors(tables, frame_costs(tables, frames), codes) + (frames - tables.shift).square().sum(1)
+    torch.testing.assert_close(found, direct, atol=1e-4, rtol=1e-5)
+
+
+def test_fresh_sweep_decides_each_codebook_on_what_is_left() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres, frames = torch.randn(3, 8, 5, generator=generator), torch.randn(30, 5, generator=generator)
+    centres -= centres.mean(1, keepdim=True)
+    tables = make_tables(centres)
+    left, expected = frames, []
+    for book in centres:
+        expected.append((left[:, None] - book).square().sum(-1).argmin(1))
+        left = left - book[expected[-1]]
+    assert torch.equal(sweep(tables, frame_costs(tables, frames), None, 1), torch.stack(expected, dim=1))
+
+
+def test_search_runs_in_torch_and_says_so_once_when_there_is_no_compiler(tmp_path: os.PathLike[str]) -> None:
+    program = (
+        "import logging, torch; logging.basicConfig(format='%(message)s'); from spear.quantizers import MVQ; torch.manual_seed(0);"
+        "q = MVQ(6, 4, 16); [q.encode(torch.randn(5, 6)) for _ in range(2)]"
+    )
+    environment = {**os.environ, "PATH": "/nowhere", "CXX": "", "XDG_CACHE_HOME": str(tmp_path), native.SWITCH: "1"}
+    said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stderr
+    assert said.count("no compiled loops, so the search of MVQ runs in plain torch") == 1

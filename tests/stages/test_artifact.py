@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import multiprocessing
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ import pytest
 from spear.errors import ArtifactError, SpearError
 from spear.files import read_json, write_bytes, write_json
 from spear.stages.artifact import DONE, UNFINISHED, Artifact, fingerprint_of, read_artifact
+from spear.stages.session import LOCK, Cost, locked, noting
 
 
 def make(folder: Path, **inputs: str) -> Artifact:
@@ -64,6 +70,88 @@ def test_making_raises_artifact_error_when_the_unfinished_folder_has_other_input
         raise RuntimeError("killed")
     with pytest.raises(ArtifactError, match="`inputs.teacher` was t1, is t2"), make(tmp_path, teacher="t2").making():
         pass
+
+
+def test_making_adds_up_the_cost_of_all_processes(tmp_path: Path) -> None:
+    for number in (1, 2):
+        with suppress(RuntimeError), make(tmp_path).making():
+            time.sleep(0.05)
+            raise RuntimeError("stopped")
+        spent = read_json(tmp_path / UNFINISHED)["measured"]
+        assert spent["sessions"] == number
+        assert spent["wall_s"] >= 0.05 * number
+    with make(tmp_path).making():
+        time.sleep(0.05)
+    found = read_artifact(tmp_path)["measured"]
+    assert found["sessions"] == 3
+    assert spent["wall_s"] + 0.05 <= found["wall_s"] < spent["wall_s"] + 5
+
+
+def test_making_keeps_the_account_of_a_process_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The account is written while the stage works, as a killed process has no last word."""
+    monkeypatch.setattr("spear.stages.artifact.noting", functools.partial(noting, every_s=0.02))
+    other = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path / "x", tmp_path / "ready"))
+    other.start()
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if (tmp_path / "ready").exists() and read_json(tmp_path / "x" / UNFINISHED)["measured"]["wall_s"] > 0.1:
+                break
+            time.sleep(0.01)
+    finally:
+        other.kill()
+        other.join()
+    with make(tmp_path / "x").making():
+        pass
+    found = read_artifact(tmp_path / "x")["measured"]
+    assert found["sessions"] == 2
+    assert found["wall_s"] > 0.1
+
+
+def test_making_counts_the_gpus_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**20)
+    clock = iter([0.0, *[3600.0] * 9])
+    monkeypatch.setattr("spear.stages.session.time.monotonic", lambda: next(clock))
+    cost = Cost({"sessions": 1, "wall_s": 1800.0, "gpu_hours": 4.0, "peak_memory_mb": 1e9, "peak_gpu_memory_mb": 5.0}, processes=8)
+    assert cost.so_far() == {"sessions": 2, "wall_s": 5400.0, "gpu_hours": 12.0, "peak_memory_mb": 1e9, "peak_gpu_memory_mb": 5.0}
+
+
+def hold(folder: Path, ready: Path) -> None:
+    with make(folder).making():
+        ready.touch()
+        time.sleep(60)
+
+
+def test_making_raises_artifact_error_when_another_process_is_at_work(tmp_path: Path) -> None:
+    """The lock goes with the process, however it ends, and a child that outlives it does not keep it."""
+    folder, ready = tmp_path / "x", tmp_path / "ready"
+    other = multiprocessing.get_context("fork").Process(target=hold, args=(folder, ready))
+    other.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not ready.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(ArtifactError, match=rf"{folder} is being worked on by process {other.pid} on \S+: wait"), make(folder).making():
+            pass
+        assert (folder / LOCK).exists()
+    finally:
+        other.kill()
+        other.join()
+    with make(folder).making():
+        assert str(os.getpid()) in (folder / LOCK).read_text()
+    assert [path.name for path in folder.iterdir()] == [DONE]
+
+
+def test_locked_warns_where_the_file_system_knows_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with locked(tmp_path):
+        pass
+    assert "cannot be locked (No locks available)" in caplog.text
 
 
 def test_fingerprint_depends_on_every_part() -> None:

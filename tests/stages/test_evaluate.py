@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,8 +29,10 @@ from spear.objectives.masked_prediction import MaskedPredictionConfig
 from spear.quantizers.kmeans import KMeans, KMeansConfig
 from spear.recipe import Recipe, Run
 from spear.stages.artifact import Artifact
-from spear.stages.evaluate import build_untrained, run
+from spear.stages.evaluate import build_untrained, example_cuts, run
+from spear.stages.manifests import manifest_path
 from spear.teachers.logmel import LogMelConfig
+from tests.data.cuts import cut_of, save, tone, write_cuts
 
 STUDENT = ZipformerConfig(
     downsampling_factor=(1, 2),
@@ -197,6 +200,18 @@ def test_evaluate_raises_artifact_error_when_a_split_is_missing(finished: Run, t
 def test_evaluate_raises_an_error_when_a_task_has_no_data(data: Path, tmp_path: Path, task: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         run(make_run(data, tmp_path / "exp", tasks={"x": task}))
+
+
+def test_example_cuts_show_a_domain_that_only_a_task_reads(tmp_path: Path) -> None:
+    """A task without a domain reads all of them, also those that no teacher labels."""
+    write_cuts(manifest_path(tmp_path, "bells", "valid"), [cut_of(save(tmp_path / "bell.wav", tone(1.0)))])
+    run_ = SimpleNamespace(
+        recipe=SimpleNamespace(evaluation=EvaluationConfig(tasks={"x": UtterancesConfig()})),
+        corpora=[SimpleNamespace(name="bells", domain="music")],
+        labels=lambda domain: [],
+        data=tmp_path,
+    )
+    assert {domain: cut.id for domain, cut in example_cuts(cast(Any, run_)).items()} == {"music": "bell"}
 
 
 def test_build_untrained_depends_on_the_seed_only() -> None:

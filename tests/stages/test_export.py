@@ -16,11 +16,12 @@ from spear.errors import ArtifactError, CheckpointError, ConfigError
 from spear.export import load_encoder
 from spear.export.config import ExportConfig
 from spear.files import read_json, read_tensors, write_json
+from spear.models.transformer import TransformerConfig
 from spear.stages.artifact import Artifact, read_artifact
 from spear.stages.export import choose, encoder_weights, run
 from spear.teachers.huggingface import HuggingFaceConfig
 from spear.training.averaging import RunningAverage
-from spear.training.checkpoint import TrainingState, save_checkpoint
+from spear.training.checkpoint import TrainingState, find_checkpoints, prune_checkpoints, save_checkpoint
 from tests.export.tiny import tiny_config, tiny_encoder, tone
 
 PERIOD = 5
@@ -91,6 +92,58 @@ def test_export_takes_the_weights_that_the_settings_name(tmp_path: Path, setting
     train(run_.exp, (10, 20, 30, 40))
     run(run_)
     assert exported(run_) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"average_share": 0.5}, {"average_share": 0.9}, {"start_step": 10}, {"step": 30, "average_share": 0.4}])
+def test_export_averages_as_far_back_as_asked_for_however_few_checkpoints_are_kept(tmp_path: Path, settings: dict[str, Any]) -> None:
+    few, all_ = tmp_path / "few", tmp_path / "all"
+    config = ExportConfig(**settings)
+    for exp in (few, all_):
+        train(exp, (5, 10, 15, 20, 25, 30, 35, 40))
+    for last in range(5, 41, 5):  # as training goes on
+        hidden = [(path, path.with_name(f"x{path.name}")) for step, path in find_checkpoints(few) if step > last]
+        for path, other in hidden:
+            path.rename(other)
+        prune_checkpoints(few, 1, 5, config.milestones(40))
+        for path, other in hidden:
+            other.rename(path)
+    assert len(find_checkpoints(few)) <= 3
+    found, expected = choose(few, config), choose(all_, config)
+    assert (found.averaged, found.step, found.start_step) == (True, expected.step, expected.start_step)
+
+
+def test_export_says_when_the_mean_is_over_another_stretch_than_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, (30, 40))
+    assert choose(tmp_path, ExportConfig(average_share=0.3)).start_step == 30
+    assert caplog.text == ""
+    assert choose(tmp_path, ExportConfig(average_share=0.8)).start_step == 30
+    assert "the mean is over the steps 30 to 40, 25 % of training, as no checkpoint is nearer to `export.average_share` 0.8" in caplog.text
+
+
+def test_export_for_icefall_lies_beside_the_folder_with_the_same_weights(tmp_path: Path) -> None:
+    run_ = make_run(tmp_path)
+    train(run_.exp, (10, 20, 30, 40))
+    run(run_)
+    before = (run_.exp / "export" / "artifact.json").read_bytes()
+    other = make_run(tmp_path, format="icefall")
+    run(other)
+    run(other)
+    run(run_)  # both are finished and neither is stale
+    assert (run_.exp / "export" / "artifact.json").read_bytes() == before
+    folder, checkpoint = load_encoder(run_.exp / "export"), load_encoder(run_.exp / "export_icefall" / "pretrained.pt")
+    theirs = checkpoint.encoder.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in folder.encoder.state_dict().items())
+    assert float(theirs["mask_emb"][0]) == pytest.approx(mean_between(30, 40), rel=1e-6)
+    assert read_artifact(run_.exp / "export_icefall")["counts"]["weights"] == len(theirs)
+
+
+def test_export_raises_checkpoint_error_when_the_format_has_no_such_student(tmp_path: Path) -> None:
+    run_ = make_run(tmp_path, format="icefall")
+    run_.recipe.student = TransformerConfig(num_layers=1, dim=8, num_heads=2, feedforward_dim=8)
+    train(run_.exp, (10,))
+    with pytest.raises(CheckpointError, match="must be of type zipformer for the format of icefall, but is TransformerConfig"):
+        run(run_)
+    assert not (run_.exp / "export_icefall").exists()
 
 
 def test_export_is_an_encoder_with_the_trained_weights(tmp_path: Path) -> None:
@@ -231,3 +284,17 @@ def test_export_reads_the_period_from_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step-00000020" / "state.json"
     write_json(path, {**read_json(path), "average_period": 50})
     assert not choose(tmp_path, ExportConfig(start_step=0)).averaged
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"step": 30}, r"`export.step` must be a step with a checkpoint, a multiple of `training.save_every` 20 up to .*max_steps` 50, but is 30"),
+        ({"start_step": 60}, "`export.start_step` must be a step with a checkpoint, .*, but is 60"),
+    ],
+)
+def test_export_check_raises_config_error_when_a_step_will_have_no_checkpoint(settings: dict[str, Any], match: str) -> None:
+    ExportConfig(step=50, start_step=40).check(50, 20)
+    ExportConfig(start_step=0).check(50, 20)
+    with pytest.raises(ConfigError, match=match):
+        ExportConfig(**settings).check(50, 20)

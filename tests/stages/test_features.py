@@ -13,7 +13,8 @@ import torch
 from spear.errors import ArtifactError, ConfigError, DataError
 from spear.files import read_json, read_tensors, write_tensors
 from spear.stages import features
-from spear.teachers.extraction import FeaturesConfig, manifest_path, read_cuts
+from spear.stages.manifests import manifest_path
+from spear.teachers.extraction import FeaturesConfig, read_cuts
 from tests.teachers.runs import contents, make_run
 
 
@@ -169,7 +170,7 @@ def test_features_raises_data_error_when_too_many_cuts_fail(tmp_path: Path) -> N
 def test_features_raises_artifact_error_when_there_is_no_manifest(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     manifest_path(run.data, "talk", "train").unlink()
-    with pytest.raises(ArtifactError, match=r"talk_cuts_train\.jsonl\.gz does not exist"):
+    with pytest.raises(ArtifactError, match=r"talk_cuts_train\.jsonl\.gz does not exist: run `spear manifests` first"):
         features.run(run)
 
 

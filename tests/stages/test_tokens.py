@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from spear.data.audio import load_audio
+from spear.data.batches import batches_of
 from spear.data.token_store import TokenStore, TokenWriter
 from spear.errors import ArtifactError, DataError
 from spear.files import read_json, read_tensors
@@ -19,8 +20,9 @@ from spear.quantizers import load_quantizer
 from spear.quantizers.kmeans import KMeansConfig
 from spear.stages import features, tokens
 from spear.stages.artifact import Artifact, fingerprint_of, read_artifact
+from spear.stages.manifests import manifest_path
 from spear.teachers import Teacher, extract
-from spear.teachers.extraction import batches_of, manifest_path, read_cuts
+from spear.teachers.extraction import read_cuts
 from tests.teachers.runs import contents, make_run
 
 

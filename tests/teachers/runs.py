@@ -11,7 +11,8 @@ import soundfile
 
 from spear.data.mixing import MixingConfig
 from spear.recipe import Run
-from spear.teachers.extraction import FeaturesConfig, TokensConfig, manifest_path
+from spear.stages.manifests import manifest_path
+from spear.teachers.extraction import FeaturesConfig, TokensConfig
 from spear.teachers.logmel import LogMelConfig
 
 USES = {"speech": ["mel"], "audio": ["mel", "wide"], "noise": []}

@@ -190,6 +190,23 @@ def test_prune_checkpoints_keeps_the_last_and_clears_what_is_half_written(run: t
     assert sorted(path.name for path in parent.iterdir()) == ["step-00000015", "step-00000020"]
 
 
+@pytest.mark.parametrize(
+    ("milestones", "kept"), [([6.0], [5, 20]), ([12.5], [10, 20]), ([13.0, 3.0], [5, 15, 20]), ([20.0], [20]), ([99.0], [20]), ([], [20])]
+)
+def test_prune_checkpoints_keeps_those_nearest_to_milestones(
+    run: tuple[Path, list[dict[str, torch.Tensor]]], milestones: list[float], kept: list[int]
+) -> None:
+    prune_checkpoints(run[0], 1, 5, milestones)
+    assert [step for step, _ in find_checkpoints(run[0])] == kept
+
+
+def test_prune_checkpoints_takes_no_checkpoint_of_a_signal_for_a_milestone(run: tuple[Path, list[dict[str, torch.Tensor]]]) -> None:
+    parent = run[0] / "checkpoints"
+    (parent / "step-00000015").rename(parent / "step-00000011")
+    prune_checkpoints(run[0], 1, 10, [11.0])
+    assert [step for step, _ in find_checkpoints(run[0])] == [10, 20]
+
+
 def test_load_checkpoint_raises_checkpoint_error_when_the_run_differs(run: tuple[Path, list[dict[str, torch.Tensor]]]) -> None:
     module = Tied()
     with pytest.raises(CheckpointError, match=r"written by the run f{64}, but this run is g"):

@@ -218,6 +218,20 @@ def test_trainer_keeps_the_running_average_of_the_weights(tmp_path: Path) -> Non
     torch.testing.assert_close(average, torch.stack(snapshots).mean(0), atol=1e-12, rtol=0)
 
 
+def test_trainer_keeps_the_checkpoints_of_its_milestones_through_a_stop(tmp_path: Path) -> None:
+    for stop in (0, 9, 13, 17):  # batches; two make an update
+        folder = tmp_path / str(stop)
+        trainer = toy_trainer(folder, signal_at(stop, signal.SIGTERM) if stop else None, keep_checkpoints=1)
+        trainer.milestones = [6.1]
+        if stop:
+            with pytest.raises(StopRequested):
+                trainer.run()
+            trainer = toy_trainer(folder, keep_checkpoints=1)
+            trainer.milestones = [6.1]
+        trainer.run()
+        assert [step for step, _ in find_checkpoints(folder)] == [8, 20]
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_trainer_raises_spear_error_when_something_is_not_finite(tmp_path: Path, where: str) -> None:
     def make(g: int) -> Batch:

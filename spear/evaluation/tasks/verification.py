@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from spear.bounds import at_least
 from spear.errors import ConfigError, DataError
 from spear.evaluation.metrics import equal_error_rate, min_detection_cost, trial_interval
 from spear.evaluation.tasks.base import Array, Features, Rows, Score, Settings, Split, Task, TaskConfig
@@ -30,8 +31,7 @@ class VerificationConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
-        if self.num_trials < 1:
-            raise ConfigError(f"`num_trials` must be at least 1, but is {self.num_trials}")
+        at_least("num_trials", self.num_trials, 1)
         if not 0 < self.p_target < 1:
             raise ConfigError(f"`p_target` must be between 0 and 1, but is {self.p_target}")
 

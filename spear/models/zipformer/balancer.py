@@ -108,7 +108,13 @@ class Balancer(ScheduledModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x of any shape."""
-        if not (self.training and x.requires_grad and torch.is_grad_enabled() and happens(self.value(self.prob))):
-            return x
+        return self.apply_to(x) if x.requires_grad and self.drawn() else x
+
+    def drawn(self) -> bool:
+        """Draw whether this call balances; no draw outside training."""
+        return self.training and torch.is_grad_enabled() and happens(self.value(self.prob))
+
+    def apply_to(self, x: Tensor) -> Tensor:
+        """`balance` with the bounds of the moment."""
         settings = (self.min_positive, self.max_positive, self.min_abs, self.max_abs)
         return balance(x, bounds(*(self.value(setting) for setting in settings)), channel_dim=self.channel_dim)

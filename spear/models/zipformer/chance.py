@@ -23,7 +23,10 @@ def keep_mask(shape: tuple[int, ...], drop_prob: float, like: Tensor) -> Tensor:
 
 def drop_items(x: Tensor, prob: float) -> Tensor:
     """Zero whole batch items (first dimension of `x`), each with probability `prob`, without rescaling the others."""
-    return x * keep_mask((x.shape[0],) + (1,) * (x.ndim - 1), prob, x) if prob > 0.0 else x
+    if prob <= 0.0:
+        return x
+    kept = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1)) >= prob
+    return x if bool(kept.all()) else x * kept.to(device=x.device, dtype=x.dtype)
 
 
 def shared_dropout(x: Tensor, prob: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -154,6 +155,11 @@ class ZipformerConfig(StudentConfig):
             )
             for i in range(count)
         ]
+
+    def grid(self) -> int:
+        """See StudentConfig; twice the least common multiple of all reductions of the frame rate, and of a causal encoder's chunk."""
+        chunk = self.chunk_sizes[0] if self.causal and self.chunk_sizes[0] > 0 else 1
+        return 2 * math.lcm(*self.downsampling_factor, self.output_downsampling_factor, chunk)
 
     def build(self) -> ZipformerEncoder:
         """Make the encoder with fresh weights drawn from torch's global generator."""

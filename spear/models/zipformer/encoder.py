@@ -7,9 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spear.errors import DataError
 from spear.models.base import FBANK_FIRST_FRAME_S, Encoder
-from spear.models.tracing import is_tracing
 from spear.models.zipformer.chance import draw
 from spear.models.zipformer.chunks import Chunking, attention_mask, padding_mask
 from spear.models.zipformer.config import StackConfig, ZipformerConfig
@@ -145,7 +143,7 @@ class ZipformerEncoder(Encoder):
         Raises:
             DataError: wrong number of bins (cause ``shape``), or an item of less than 9 frames (cause ``too_short``).
         """
-        self._check(features, lens)
+        self.check_input(features, lens)
         x, lens = self.encoder_embed(features, lens)
         out = self.encoder(x, lens)
         return EncoderOutput(out.features, out.lens, tuple(out.layers))
@@ -153,15 +151,3 @@ class ZipformerEncoder(Encoder):
     def set_batch_count(self, count: float) -> None:
         """Move all schedules to `count` plus the offset of the config."""
         set_batch_count(self, count + self.config.schedule_offset)
-
-    def _check(self, features: Tensor, lens: Tensor) -> None:
-        if is_tracing():
-            return
-        if features.ndim != 3 or features.shape[-1] != self.num_mel_bins:
-            raise DataError(f"features must be (N, T, {self.num_mel_bins}), but are {tuple(features.shape)}", cause="shape")
-        shortest = features.shape[1]
-        # reading lens from a GPU waits for it, which training cannot afford
-        if shortest >= MIN_FRAMES and lens.numel() > 0 and (lens.device.type == "cpu" or not self.training):
-            shortest = min(shortest, int(lens.min()))
-        if shortest < MIN_FRAMES:
-            raise DataError(f"an input has {shortest} log-mel frames, but the encoder needs at least {MIN_FRAMES}", cause="too_short")

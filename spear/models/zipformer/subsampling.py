@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spear.models.tracing import is_tracing
 from spear.models.zipformer.balancer import Balancer
 from spear.models.zipformer.chance import drop_items, shared_dropout
+from spear.models.zipformer.depthwise import depthwise_conv2d
 from spear.models.zipformer.gradient import ScaleGrad
 from spear.models.zipformer.init import scaled
 from spear.models.zipformer.norm import BiasNorm
+from spear.models.zipformer.pointwise import pointwise_swoosh
 from spear.models.zipformer.scheduled_float import Schedule, ScheduledModule, schedule
 from spear.models.zipformer.swoosh import SwooshR, swoosh_l
 from spear.models.zipformer.whiten import Whiten
@@ -68,25 +71,30 @@ class ConvNeXt(ScheduledModule):
         return now + self._pointwise(branch), joined[:, :, joined.shape[2] - 2 * CONVNEXT_REACH : joined.shape[2] - CONVNEXT_REACH]
 
     def _depthwise(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and self.depthwise_conv.weight.dtype == torch.float32:
-            # in bf16 the gradient of the weight takes twice as long as in float32
+        kernel = self.depthwise_conv
+        if _is_rows(x) and kernel.weight.dtype == torch.float32 and kernel.bias is not None:
             with torch.autocast("cpu", enabled=False):
-                exact: Tensor = self.depthwise_conv(x.float())
-                return exact
-        out: Tensor = self.depthwise_conv(x)
+                rows = depthwise_conv2d(x.float().permute(0, 2, 3, 1), kernel.weight, kernel.bias, (CONVNEXT_REACH, CONVNEXT_REACH))
+            return rows.permute(0, 3, 1, 2)
+        out: Tensor = kernel(x)
         return out
 
     def _pointwise(self, x: Tensor) -> Tensor:
-        if x.is_contiguous(memory_format=torch.channels_last):
-            hidden = _linear(self.pointwise_conv1, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            return _linear(self.pointwise_conv2, swoosh_l(self.hidden_balancer(hidden)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        out: Tensor = self.pointwise_conv2(swoosh_l(self.hidden_balancer(self.pointwise_conv1(x))))
+        wide, narrow = self.pointwise_conv1, self.pointwise_conv2
+        balanced = self.hidden_balancer.drawn()
+        if _is_rows(x) and not balanced and wide.bias is not None and narrow.bias is not None:
+            rows = x.permute(0, 2, 3, 1)
+            flat = pointwise_swoosh(rows.flatten(0, 2), wide.weight.flatten(1), wide.bias, narrow.weight.flatten(1), narrow.bias)
+            image: Tensor = flat.unflatten(0, rows.shape[:3]).permute(0, 3, 1, 2)
+            return image
+        hidden = wide(x)
+        out: Tensor = narrow(swoosh_l(self.hidden_balancer.apply_to(hidden) if balanced else hidden))
         return out
 
 
-def _linear(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution of (..., channels), as the matrix product it is."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+def _is_rows(x: Tensor) -> bool:
+    """Whether the pixels of x (N, C, H, W) lie in memory one after the other, each with all its channels, on a CPU."""
+    return x.device.type == "cpu" and not is_tracing() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class Conv2dSubsampling(ScheduledModule):

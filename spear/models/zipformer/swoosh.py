@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spear.models.tracing import is_tracing
+from spear.models.zipformer.kernels import swoosh_loops
 
 SLOPE = 0.08
 BLOCK = 1 << 15
@@ -51,7 +52,7 @@ def _backward(x: Tensor, grad: Tensor, out: Tensor, shift: float) -> None:
 def _blocks(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tensor:
     """Swoosh of x, or its derivative times `grad`, in x's dtype and memory order.
 
-    On a CPU block by block, so that the passes over a block find it in the cache.
+    On a CPU by compiled loops where there are any, else block by block, so that the passes over a block find it in the cache.
     """
     out = torch.empty_like(x)
     dense = x.stride() == out.stride() and (grad is None or grad.stride() == x.stride())
@@ -59,6 +60,17 @@ def _blocks(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tens
         z = _full(x) - shift
         whole = F.softplus(z).sub_(z, alpha=SLOPE).sub_(offset + SLOPE * shift) if grad is None else z.sigmoid_().sub_(SLOPE).mul_(grad)
         return whole.to(x.dtype)
+    loops = swoosh_loops()
+    if loops is None or x.dtype not in (torch.float32, torch.bfloat16) or (grad is not None and grad.dtype != x.dtype):
+        _in_torch(x, grad, out, shift, offset)
+    elif grad is None:
+        loops.forward(x, out, shift, offset + SLOPE * shift)
+    else:
+        loops.backward(x, grad, out, shift)
+    return out
+
+
+def _in_torch(x: Tensor, grad: Tensor | None, out: Tensor, shift: float, offset: float) -> None:
     pieces, targets = _split(x), _split(out)
     grads = None if grad is None else _split(grad)
     scratch_z, scratch_out = torch.empty(2, min(BLOCK, x.numel())).unbind()
@@ -70,7 +82,6 @@ def _blocks(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tens
             _backward(piece, grads[i], result, shift)
         if result is not target:
             target.copy_(result)
-    return out
 
 
 def _split(x: Tensor) -> tuple[Tensor, ...]:
@@ -95,6 +106,11 @@ def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
 def swoosh_l(x: Tensor) -> Tensor:
     """``softplus(x - 4) - 0.08 x - 0.035`` (Zipformer, arXiv 2310.11230, section 3.4); any shape, same dtype."""
     return _swoosh(x, 4.0, 0.035)
+
+
+def swoosh_l_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """`grad` times the derivative of `swoosh_l` at x; both of one shape and dtype."""
+    return _blocks(x, grad, 4.0, 0.0)
 
 
 def swoosh_r(x: Tensor) -> Tensor:

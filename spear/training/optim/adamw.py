@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spear.training.optim.base import OptimizerConfig, above, at_least, check_betas, parameter_groups
+from spear.bounds import above, at_least
+from spear.training.optim.base import OptimizerConfig, check_betas, parameter_groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

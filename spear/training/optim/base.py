@@ -88,24 +88,6 @@ def _scaled(module: nn.Module, scale: float) -> Iterator[tuple[float, nn.Paramet
         yield from _scaled(child, scale)
 
 
-def at_least(name: str, value: float, low: float) -> None:
-    """Raise ConfigError where a setting is below its bound."""
-    if not value >= low:
-        raise ConfigError(f"`{name}` must be at least {low:g}, but is {value:g}")
-
-
-def above(name: str, value: float, low: float) -> None:
-    """Raise ConfigError where a setting is not above its bound."""
-    if not value > low:
-        raise ConfigError(f"`{name}` must be above {low:g}, but is {value:g}")
-
-
-def within(name: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError where a setting is outside [low, high]."""
-    if not low <= value <= high:
-        raise ConfigError(f"`{name}` must be between {low:g} and {high:g}, but is {value:g}")
-
-
 def check_betas(betas: tuple[float, ...]) -> None:
     """Raise ConfigError unless `betas` are two decay rates in [0, 1)."""
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):

@@ -7,19 +7,9 @@ audio in place of epochs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
 
-from torch.optim import Optimizer
-
-from spear.training.optim.base import Schedule, ScheduleConfig, above, at_least, within
-
-
-class EdenState(TypedDict):
-    """What an EdenScheduler must remember."""
-
-    base_lrs: list[float]
-    batch: int
-    epoch: float
+from spear.bounds import above, at_least, within
+from spear.training.optim.base import Schedule, ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,41 +70,3 @@ class Eden2Config(ScheduleConfig):
 def warmup(step: float, warmup_steps: float, start: float) -> float:
     """Linear from `start` at step 0 to 1 at `warmup_steps`, then 1."""
     return 1.0 if step >= warmup_steps else start + (1.0 - start) * step / warmup_steps
-
-
-class EdenScheduler:
-    """Eden with a memory, for loops that call a scheduler: sets the learning rates of an optimiser.
-
-    Building one leaves the learning rates alone. The epoch may be any measure of data seen, in the unit of ``lr_hours``.
-
-    Args:
-        optimizer: its groups' learning rates at this moment are the base rates. schedule: Eden or Eden2.
-    """
-
-    def __init__(self, optimizer: Optimizer, schedule: Schedule) -> None:
-        self.optimizer, self.schedule = optimizer, schedule
-        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        self.batch, self.epoch = 0, 0.0
-
-    def step_batch(self, batch: int | None = None) -> None:
-        """Set the number of updates, or count one more."""
-        self.batch = self.batch + 1 if batch is None else batch
-        self._apply()
-
-    def step_epoch(self, epoch: float | None = None) -> None:
-        """Set the epoch (or hours), or count one more."""
-        self.epoch = self.epoch + 1 if epoch is None else epoch
-        self._apply()
-
-    def state_dict(self) -> EdenState:
-        """Base rates, batch and epoch."""
-        return {"base_lrs": list(self.base_lrs), "batch": self.batch, "epoch": self.epoch}
-
-    def load_state_dict(self, state: EdenState) -> None:
-        """Continue from a `state_dict`; the learning rates change at the next step."""
-        self.base_lrs, self.batch, self.epoch = list(state["base_lrs"]), state["batch"], state["epoch"]
-
-    def _apply(self) -> None:
-        factor = self.schedule.lr_factor(self.batch, self.epoch)
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs):
-            group["lr"] = base * factor

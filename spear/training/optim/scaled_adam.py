@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from spear.bounds import above, at_least
 from spear.errors import ConfigError
-from spear.training.optim.base import OptimizerConfig, above, at_least, check_betas, parameter_groups
+from spear.training.optim.base import OptimizerConfig, check_betas, parameter_groups
 from spear.training.optim.clipping import Variant, clip_factor, clip_state
+from spear.training.optim.kernels import Moments, ScaledAdamLoops, scaled_adam_loops
 
 BIAS_CORRECTED_BELOW = 0.99
 SIZE_STEP_LIMIT = 0.1
+ALONE_FROM = 1 << 14
+"""On a CPU tensors of so many elements are updated alone: copying them into a stack costs more than it saves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +94,10 @@ class Stack:
     """(B, ...) second moment of the gradients."""
     sizes: Sizes | None
     """None for one-element tensors."""
+    loops: ScaledAdamLoops | None = None
+    """Set where one large tensor is updated by compiled loops."""
+    moments: Moments | None = None
+    """Sums over the tensor and its gradient, valid within one update."""
 
     def values(self) -> Tensor:
         """(B, ...) the tensors' values; a view of the only one, else a copy."""
@@ -144,6 +152,9 @@ class ScaledAdam(Optimizer):
         for group, stacks in zip(self.param_groups, self._stacks):
             clip = self._clip(group, stacks)
             for stack in stacks:
+                if stack.sizes is not None and stack.loops is not None and clip > 0.0 and stack.params[0].grad is not None:
+                    self._update_alone(stack, stack.sizes, stack.loops, clip, float(group["lr"]), int(group["step"]))
+                    continue
                 grad = stack.gradients()
                 if clip == 0.0:
                     grad = torch.zeros_like(grad)
@@ -163,7 +174,11 @@ class ScaledAdam(Optimizer):
         squares = []
         for stack in stacks:
             factor = weight if stack.sizes is None else stack.sizes.rms
-            squares.append((stack.gradients() * factor).square().sum())
+            if stack.sizes is not None and stack.loops is not None and stack.params[0].grad is not None:
+                stack.moments = stack.loops.moments(stack.params[0], stack.params[0].grad)
+                squares.append(stack.sizes.rms.square().sum() * stack.moments.gg)
+            else:
+                squares.append((stack.gradients() * factor).square().sum())
         norm = float(torch.stack(squares).sum().sqrt())
         return clip_factor(group, norm, step=int(group["step"]), clipping_scale=self.config.clipping_scale, variant=self.config.variant)
 
@@ -183,6 +198,25 @@ class ScaledAdam(Optimizer):
         size = sizes.rms.clamp(min=self.config.param_min_rms)
         stack.delta.add_(grad / denominator * size, alpha=-lr * (1 - beta1))
         stack.add(values)
+
+    def _update_alone(self, stack: Stack, sizes: Sizes, loops: ScaledAdamLoops, clip: float, lr: float, step: int) -> None:
+        """`_update` of one tensor by compiled loops."""
+        (beta1, beta2), period = self.config.betas, self.config.size_update_period
+        p, grad = stack.params[0], stack.params[0].grad
+        assert grad is not None
+        grad = grad.contiguous()
+        moments, stack.moments = stack.moments or loops.moments(p, grad), None
+        sizes.grads[step % period] = clip * moments.pg
+        pull = 0.0
+        if step % period == period - 1:
+            sizes.rms.fill_(math.sqrt(moments.pp / p.numel()))
+            if step > 0:
+                pull = (1 - beta1) * float(self._size_step(sizes, lr, step))
+        size = max(float(sizes.rms), self.config.param_min_rms)
+        correction = 1 - beta2 ** (step + 1)
+        correction = 1 / correction if correction < BIAS_CORRECTED_BELOW else 1.0
+        settings = (beta1, beta2, self.config.eps, correction, clip, pull, -lr * (1 - beta1) * size)
+        loops.update(p, grad, stack.delta, stack.exp_avg_sq, settings)
 
     def _size_step(self, sizes: Sizes, lr: float, step: int) -> Tensor:
         """(B, 1, ...) relative change of each tensor's size."""
@@ -218,8 +252,9 @@ class ScaledAdam(Optimizer):
     def _stack(self, params: list[Tensor]) -> list[Stack]:
         """Batch parameters of one type, place and shape; takes over the state that is there, starts the rest."""
         alike: dict[tuple[Any, ...], list[Tensor]] = {}
-        for p in params:
-            alike.setdefault((str(p.dtype), str(p.device), *p.shape), []).append(p)
+        for number, p in enumerate(params):
+            alone = number if p.device.type == "cpu" and p.numel() >= ALONE_FROM else -1
+            alike.setdefault((str(p.dtype), str(p.device), *p.shape, alone), []).append(p)
         stacks = []
         for key in sorted(alike):
             same = alike[key]
@@ -232,6 +267,8 @@ class ScaledAdam(Optimizer):
                     grads=torch.stack([s["scale_grads"] for s in states], dim=1),
                 )
             stack = Stack(same, torch.stack([s["delta"] for s in states]), torch.stack([s["exp_avg_sq"] for s in states]), sizes)
+            if key[-1] >= 0 and same[0].dtype == torch.float32 and same[0].is_contiguous():
+                stack.loops = scaled_adam_loops()
             for i, p in enumerate(same):
                 self.state[p] = _view(stack, i)
             stacks.append(stack)

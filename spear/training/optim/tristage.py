@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from spear.bounds import within
 from spear.errors import ConfigError
-from spear.training.optim.base import Schedule, ScheduleConfig, within
+from spear.training.optim.base import Schedule, ScheduleConfig
 from spear.training.optim.eden import warmup
 
 

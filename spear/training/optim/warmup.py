@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from spear.training.optim.base import Schedule, ScheduleConfig, at_least, within
+from spear.bounds import at_least, within
+from spear.training.optim.base import Schedule, ScheduleConfig
 from spear.training.optim.eden import warmup
 
 

@@ -1,0 +1,134 @@
+"""One process at work on a folder: the lock that keeps others out, and what all processes that worked on it have cost."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import platform
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spear.errors import ArtifactError, SpearError
+from spear.files import writing
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+NOTE_EVERY_S = 30.0
+"""A killed process loses at most this much of its account."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder.
+
+    The lock belongs to this process alone, not to its children, and goes with it however it ends. Where the file system knows no
+    locks, a warning takes its place.
+
+    Raises:
+        ArtifactError: another process is at work; names the folder and that process.
+    """
+    path = folder / LOCK
+    with writing(path):
+        handle = _take(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+def _take(path: Path) -> int:
+    """Descriptor of the locked file, with this process's number in it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                owner = os.read(handle, 200).decode(errors="replace").strip()
+                os.close(handle)
+                raise ArtifactError(
+                    f"{path.parent} is being worked on by {owner or 'another process'}: wait until it ends, or stop it and run again"
+                ) from error
+            logger.warning("%s cannot be locked (%s): make sure that no other process works on it", path.parent, error.strerror)
+        # the holder before may have removed the file between our opening and our locking it
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                with suppress(OSError):  # a full disk; the lock holds without a name, too
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+                return handle
+        os.close(handle)
+
+
+class Cost:
+    """Time and memory of a folder: those of earlier processes, and of this one up to now.
+
+    Args:
+        before: what `so_far` of the process before said; empty for the first. processes: that work side by side, each with its own GPU
+            where there are any.
+    """
+
+    def __init__(self, before: Mapping[str, Any], processes: int = 1) -> None:
+        self.before, self.processes, self.start = dict(before), processes, time.monotonic()
+
+    def so_far(self) -> dict[str, Any]:
+        """JSON value: ``sessions``, processes (or groups of them) one after the other; ``wall_s``, their sum; ``peak_memory_mb``, the largest
+        of the first process of each; and where a GPU was used ``peak_gpu_memory_mb`` and ``gpu_hours``, over all processes.
+        """
+        spent = time.monotonic() - self.start
+        found = {
+            **self.before,
+            "sessions": self.before.get("sessions", 0) + 1,
+            "wall_s": round(self.before.get("wall_s", 0.0) + spent, 3),
+            "peak_memory_mb": max(self.before.get("peak_memory_mb", 0.0), round(peak_memory_mb(), 1)),
+        }
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            peak = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            found["peak_gpu_memory_mb"] = max(self.before.get("peak_gpu_memory_mb", 0.0), peak)
+            found["gpu_hours"] = round(self.before.get("gpu_hours", 0.0) + self.processes * spent / 3600, 6)
+        return found
+
+
+@contextmanager
+def noting(note: Callable[[], None], every_s: float = NOTE_EVERY_S) -> Iterator[None]:
+    """Call `note` now, every `every_s` seconds and, where the work inside breaks off, at its end; only the first call may fail."""
+    note()
+    ended = threading.Event()
+
+    def quietly() -> None:
+        with suppress(SpearError, OSError):
+            note()
+
+    def beat() -> None:
+        while not ended.wait(every_s):
+            quietly()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    broken = True
+    try:
+        yield
+        broken = False
+    finally:
+        ended.set()
+        thread.join()
+        if broken:
+            quietly()
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process and of its finished children so far, in MiB."""
+    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(own, children) / 1024

@@ -1,10 +1,11 @@
 # `make mini` and `make test` do all the set-up on a fresh machine.
 PYTHON ?= python3
 VENV ?= .venv
+EXPORT ?= egs/mini/exp/mini/export
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: mini test test-all check lint bench install clean
+.PHONY: mini test test-all check lint bench clients install clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +33,9 @@ test-all: lint  ## everything, slow tests too
 
 bench: install  ## speed against the references, side by side
 	for tool in tools/bench_*.py; do $(BIN)/python $$tool; done
+
+clients: install  ## EXPORT under HEAR, X-ARES and S3PRL on small tasks
+	$(BIN)/python tools/clients/run.py $(EXPORT) egs/mini/data/corpus/sounds
 
 clean:
 	rm -rf egs/*/data egs/*/exp .pytest_cache .mypy_cache .ruff_cache

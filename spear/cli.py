@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         stage = _add(commands, name, text, _run_stage, stage=name)
         stage.description = f"{text}. Run again: it resumes, or says that there is nothing to do. See docs/stages.md."
         _run_options(stage)
+        if name == "tokens":
+            _tokens_options(stage)
         if name == "export":
             stage.add_argument("--format", choices=("hf", "icefall"), help="short for --set export.format=...; icefall writes EXP/export_icefall")
     _run_options(_add(commands, "preflight", "find what would go wrong, and estimate time and disk, before hours are spent", _preflight))
@@ -94,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     tool.add_argument("--quantizer", type=Path, required=True, metavar="DIR", help="fitted quantizer, DATA/quantizers/<teacher>")
     tool.add_argument("--data", type=Path, metavar="DIR", help="folder that a recipe's relative model paths start from")
     _audio_options(tool)
+    tool = _add(commands, "inspect", "what a token store holds; its codes as text or npz", _inspect)
+    tool.add_argument("folder", type=Path, metavar="FOLDER", help="token store, or a folder above several, e.g. DATA/tokens")
+    tool.add_argument("--rows", type=int, default=2, metavar="N", help="cuts whose first codes are shown; default: 2")
+    tool.add_argument("--out", type=Path, metavar="DIR", help="also write the codes there, one stream per codebook")
+    tool.add_argument("--format", choices=("text", "npz"), default="text", help="of the files in --out; default: text")
+    tool.add_argument("--dedup", action="store_true", help="merge repeated codes of a stream and write their durations in frames")
     tool = _add(commands, "compare", "the tokenizers of several recipes on the same audio: a table and a plot", _compare)
     tool.add_argument("recipes", nargs="+", type=Path, metavar="R.yaml", help="recipe whose quantizer of the teacher is compared")
     tool.add_argument("--teacher", required=True, metavar="NAME", help="name of the teacher in the recipes")
@@ -107,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     tool.add_argument(
         "--out", type=Path, metavar="FILE", help="page to write; default: EXP/evaluate/report.html for one run, ./report.html for several"
     )
+    _add_explore(commands)
     return parser
 
 
@@ -116,12 +125,29 @@ def _add(commands: Any, name: str, text: str, action: Callable[[argparse.Namespa
     return parser
 
 
+def _add_explore(commands: Any) -> None:
+    tool = _add(commands, "explore", "one HTML page: a map of a folder of audio as an encoder hears it, to look at and listen to", _explore)
+    tool.add_argument("export", metavar="EXPORT", help="export folder or Hugging Face id")
+    tool.add_argument("audio", type=Path, metavar="AUDIO_DIR", help="folder with audio files, in it or below it")
+    tool.add_argument("--out", type=Path, default=Path("explore.html"), metavar="FILE", help="page to write; default: ./explore.html")
+    tool.add_argument("--max-clips", type=int, default=300, metavar="N", help="clips on the map; of more files, evenly spaced ones; default: 300")
+    tool.add_argument("--max-mb", type=float, default=40.0, metavar="MB", help="sound in the page; default: 40")
+    tool.add_argument("--method", choices=("tsne", "pca"), default="tsne", help="how clips are placed; default: tsne")
+
+
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", type=Path, required=True, metavar="R.yaml", help="what is trained")
     parser.add_argument("--corpora", type=Path, required=True, metavar="C.yaml", help="on what")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of manifests, features, quantizers, tokens, shards")
     parser.add_argument("--exp", type=Path, required=True, metavar="DIR", help="folder of this run: checkpoints, export, evaluation")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override one key of the recipe; repeatable")
+
+
+def _tokens_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(action=_tokens)
+    parser.add_argument("--num-shards", type=int, default=1, metavar="M", help="machines (or jobs) that share the work; default: 1")
+    parser.add_argument("--shard", type=int, default=0, metavar="K", help="which of them this is, 0 to M - 1")
+    parser.add_argument("--retry-failed", action="store_true", help="make blocks in which cuts failed again, also of a finished store")
 
 
 def _audio_options(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +169,13 @@ def _run_stage(options: argparse.Namespace) -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_stage(options.stage, _load(options))
+
+
+def _tokens(options: argparse.Namespace) -> None:
+    from spear.stages import run_stage
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_stage("tokens", _load(options), num_shards=options.num_shards, shard=options.shard, retry_failed=options.retry_failed)
 
 
 def _preflight(options: argparse.Namespace) -> int:
@@ -176,6 +209,12 @@ def _tokenize(options: argparse.Namespace) -> None:
     tokenize_files(options)
 
 
+def _inspect(options: argparse.Namespace) -> None:
+    from spear.commands.inspect_ import inspect_tokens
+
+    inspect_tokens(options, print)
+
+
 def _compare(options: argparse.Namespace) -> None:
     from spear.commands.compare import compare_tokenizers
 
@@ -186,6 +225,12 @@ def _report(options: argparse.Namespace) -> None:
     from spear.commands.report import write_report
 
     print(write_report(options.exp, options.out))
+
+
+def _explore(options: argparse.Namespace) -> None:
+    from spear.commands.explore import explore
+
+    print(explore(options.export, options.audio, options.out, max_clips=options.max_clips, max_mb=options.max_mb, method=options.method))
 
 
 def _whole(name: str, text: str) -> int:

@@ -36,9 +36,12 @@ CONFIG_TABLES = {
     "`manifests`": ["spear.data.corpora:ManifestsConfig"],
     "`teachers`": [
         "spear.teachers.huggingface:HuggingFaceConfig",
+        "spear.teachers.layers:LayersConfig",
         "spear.teachers.spear:SpearTeacherConfig",
         "spear.teachers.logmel:LogMelConfig",
         "spear.teachers.logmel:MfccConfig",
+        "spear.teachers.redimnet:ReDimNetConfig",
+        "spear.teachers.python:PythonConfig",
     ],
     "`features`": ["spear.teachers.extraction:FeaturesConfig"],
     "`quantizers`": [

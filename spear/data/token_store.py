@@ -53,11 +53,15 @@ class TokenWriter:
 
     def finished(self, index: int) -> dict[str, Any] | None:
         """The JSON of a whole block (``ids`` and what was noted with it), None where it is still to be made."""
-        path = block_path(self.folder, index)
-        if not path.exists() or not path.with_suffix(".json").exists():
+        if not self.is_finished(index):
             return None
-        found: dict[str, Any] = read_json(path.with_suffix(".json"))
+        found: dict[str, Any] = read_json(block_path(self.folder, index).with_suffix(".json"))
         return found
+
+    def is_finished(self, index: int) -> bool:
+        """Whether a block is whole."""
+        path = block_path(self.folder, index)
+        return path.exists() and path.with_suffix(".json").exists()
 
     def write(self, index: int, ids: Sequence[str], codes: Sequence[torch.Tensor], **notes: Any) -> None:
         """Write one block.
@@ -89,6 +93,10 @@ class TokenWriter:
     def discard(self, index: int) -> None:
         """Forget that a block is finished, so that the next run makes it again."""
         block_path(self.folder, index).with_suffix(".json").unlink(missing_ok=True)
+
+    def reopen(self) -> None:
+        """Forget that the store is finished; its blocks stay."""
+        (self.folder / STORE).unlink(missing_ok=True)
 
     def close(self, num_blocks: int) -> None:
         """Write ``store.json``: from now on the store can be opened."""
@@ -160,6 +168,17 @@ class TokenStore:
             return np.zeros((0, self.spec.num_codebooks), dtype=code_dtype(self.spec.codebook_size))
         found: Codes = handle.get_slice("codes")[start:stop]
         return found
+
+    def blocks(self) -> Iterator[tuple[list[str], Codes, NDArray[np.int64]]]:
+        """Block after block: ids of M cuts, codes (F, C), offsets (M + 1,) of their rows.
+
+        Raises:
+            ArtifactError: a block is damaged.
+        """
+        ids = self.ids
+        for index, start in enumerate(self._starts):
+            handle, offsets = self._block(index)
+            yield ids[start : start + len(offsets) - 1], handle.get_tensor("codes"), offsets
 
     def num_frames(self, cut_id: str) -> int:
         """T of one cut, without reading its codes."""

@@ -16,6 +16,7 @@ from spear.export.huggingface import write_folder
 from spear.export.layout import check_same_network
 from spear.export.long_audio import OVERLAP_S, WINDOW_S, Loaded, Samples, encode_windows, join_pieces
 from spear.export.source import read_source
+from spear.export.streaming import AudioStream
 from spear.export.weights import load_strictly
 from spear.models.base import Encoder, StudentConfig
 from spear.types import EncoderOutput
@@ -107,6 +108,10 @@ class AudioEncoder(nn.Module):
             window_s=window_s,
             overlap_s=overlap_s,
         )
+
+    def stream(self, chunk_size: int | None = None, left_context_frames: int | None = None) -> AudioStream:
+        """Encode audio as it comes in; for causal encoders (see `AudioStream`)."""
+        return AudioStream(self.encoder, chunk_size, left_context_frames)
 
     def _at_frame_rate(self, output: EncoderOutput) -> EncoderOutput:
         """Bring the hidden states, which an encoder gives at its inner rate, to the rate of its output."""

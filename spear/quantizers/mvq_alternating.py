@@ -1,9 +1,10 @@
 """Fit of MVQ by turns: codes for fixed centres, then the least-squares centres for fixed codes.
 
-Start: product k-means on groups of principal directions with balanced variance. Rounds: a few sweeps of coordinate descent over
-the codebooks on perturbed centres (noise falls to zero, so that poor local optima are left), then a closed-form update of all
-centres at once. Polish: the search that encoding will use takes the place of the sweeps; the round with the lowest held-out loss
-is kept. The predictor of the codes is then a linear discriminant analysis, in closed form too.
+Start: product k-means on groups of principal directions with balanced variance. Rounds: sweeps of coordinate descent over the
+codebooks on perturbed centres (noise falls to zero, so that poor local optima are left), then a closed-form update of all
+centres at once; the first three quarters of the rounds take turns on shares of the frames, where there are many. Polish: the
+search that encoding will use takes the place of the sweeps; the round with the lowest held-out loss is kept. The predictor of the
+codes is then a linear discriminant analysis, in closed form too.
 Sources: local search quantisation with stochastic relaxation (Martinez et al., ECCV 2018), optimised product quantisation
 (Ge et al., CVPR 2013) for the balanced start.
 """
@@ -152,7 +153,8 @@ def _perturbed(state: _State, frames: Tensor, settings: Settings, seed: int) -> 
         return state.centers
     generator = torch.Generator().manual_seed(seed_from(seed, "noise", state.made))
     spread = frames[:: max(1, len(frames) // _SPREAD_FRAMES)].std(dim=0, correction=0) / state.centers.shape[0] ** 0.5
-    return state.centers + scale * spread * torch.randn(state.centers.shape, generator=generator)
+    noise = spread * torch.randn(state.centers.shape, generator=generator)
+    return torch.add(state.centers, noise, alpha=scale)
 
 
 def _judge(state: _State, frames: Tensor, heldout: Tensor, blank: MVQ) -> float:

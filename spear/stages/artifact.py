@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from spear.errors import ArtifactError
-from spear.files import make_folder, read_json, sha256_json, write_json
+from spear.files import make_folder, read_json, sha256_json, write_json, writing
 from spear.stages import STAGES
-from spear.stages.session import LOCK, Cost, locked, noting
+from spear.stages.session import LOCK, Cost, added_up, check_free, locked, noting
 
 logger = logging.getLogger(__name__)
 
 DONE, UNFINISHED = "artifact.json", "unfinished.json"
+PARTS = "parts"
+"""Below an unfinished folder: lock and account of each of several workers."""
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Artifact:
             for name in (UNFINISHED, LOCK):  # of a process that was killed at its very end
                 if (self.folder / name).exists():
                     (self.folder / name).unlink()
+            shutil.rmtree(self.folder / PARTS, ignore_errors=True)
         logger.info("%s: finished already, nothing to do (%s)", self.identity["kind"], self.folder)
         return True
 
@@ -77,38 +81,100 @@ class Artifact:
                 path.unlink()
 
     @contextmanager
-    def making(self, processes: int = 1) -> Iterator[Record]:
+    def making(self, processes: int = 1, *, finishing: bool = False) -> Iterator[Record]:
         """Guard the folder while a stage fills it; on a clean exit, write ``artifact.json``.
 
-        A folder that another set of inputs left unfinished is refused; one with the same inputs is resumed, and its cost so far counts.
+        A folder that another set of inputs left unfinished is refused; one with the same inputs is resumed, and its cost so far counts,
+        that of all workers (see `part`) included.
 
         Args:
             processes: that work on the folder together; only one of them may call this.
+            finishing: everything is made by workers already, and only the end is left to do; they may still be about to leave.
         Raises:
-            ArtifactError: other inputs, or another process is at work on the folder.
+            ArtifactError: other inputs. BusyError: another process is at work on the folder.
         """
         make_folder(self.folder)
         with locked(self.folder):
-            guard = self.folder / UNFINISHED
-            found: dict[str, Any] = {}
-            if guard.exists():
-                found = read_json(guard)
-                self._check(found)
-                logger.info("%s: resuming %s", self.identity["kind"], self.folder)
-            self._remove_leftovers()
-            record, cost = Record(), Cost(found.get("measured", {}), processes)
+            if not finishing:
+                for place in self._parts():
+                    check_free(place)
+            guard, done = self.folder / UNFINISHED, self.folder / DONE
+            before = self._checked(guard)
+            if before:
+                logger.info("%s: %s %s", self.identity["kind"], "finishing" if finishing else "resuming", self.folder)
+            elif done.exists():  # another process finished between our looking and our locking
+                before = self._checked(done)
+            if not finishing:
+                self._remove_leftovers()
+            record, cost = Record(), Cost(before.get("measured", {}), processes)
+            workers = [self._checked(place / UNFINISHED).get("measured", {}) for place in self._parts()]
             identity = {**self.identity, "fingerprint": self.fingerprint}
             with noting(lambda: write_json(guard, {**identity, "measured": cost.so_far()})):
                 yield record
-            done = {
+            found = {
                 **identity,
                 "counts": record.counts,
                 "audio_s": round(record.audio_s, 3),
                 **({"extra": record.extra} if record.extra else {}),
-                "measured": cost.so_far(),
+                "measured": added_up([cost.so_far(), *workers]) if workers else cost.so_far(),
             }
-            write_json(self.folder / DONE, done)
+            write_json(done, found)
             guard.unlink(missing_ok=True)
+            self._remove_leftovers()
+            shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+
+    @contextmanager
+    def part(self, index: int, count: int) -> Iterator[None]:
+        """Guard one worker's share of the folder while others fill theirs; ``making`` finishes the folder and counts the cost of all.
+
+        Args:
+            index, count: which share of how many; two processes never work on one, and never on shares of different counts.
+        Raises:
+            ArtifactError: the folder, or another share of it, was begun from other inputs.
+            BusyError: another process works on this share or on the whole folder.
+        """
+        place = make_folder(self.folder / PARTS / f"{index:05d}-of-{count:05d}")
+        with locked(place):
+            check_free(self.folder)
+            self._checked(self.folder / UNFINISHED)
+            for other in self._parts():
+                self._checked(other / UNFINISHED)
+                if not other.name.endswith(f"-of-{count:05d}"):
+                    check_free(other)
+            cost = Cost(self._checked(place / UNFINISHED).get("measured", {}))
+            identity = {**self.identity, "fingerprint": self.fingerprint}
+
+            def note() -> None:
+                write_json(place / UNFINISHED, {**identity, "measured": cost.so_far()})
+
+            with noting(note):
+                yield
+            note()
+
+    @contextmanager
+    def reopening(self) -> Iterator[None]:
+        """Turn a finished folder into an unfinished one while something in it is put away to be made again; waits for other processes.
+
+        Raises:
+            ArtifactError: it was made from other inputs.
+        """
+        make_folder(self.folder)
+        with locked(self.folder, wait=True):
+            if self._checked(self.folder / DONE):
+                with writing(self.folder):
+                    (self.folder / DONE).replace(self.folder / UNFINISHED)
+            yield
+
+    def _parts(self) -> list[Path]:
+        return sorted(path for path in (self.folder / PARTS).glob("*") if path.is_dir())
+
+    def _checked(self, path: Path) -> dict[str, Any]:
+        """A record of this folder, empty where there is none yet; raises ArtifactError where its inputs differ."""
+        if not path.exists():
+            return {}
+        found: dict[str, Any] = read_json(path)
+        self._check(found)
+        return found
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -10,7 +10,7 @@ import platform
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,25 @@ NOTE_EVERY_S = 30.0
 """A killed process loses at most this much of its account."""
 
 
+class BusyError(ArtifactError):
+    """Another process is at work on a folder."""
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of a folder.
 
     The lock belongs to this process alone, not to its children, and goes with it however it ends. Where the file system knows no
     locks, a warning takes its place.
 
+    Args:
+        wait: until the other process is done, instead of raising.
     Raises:
-        ArtifactError: another process is at work; names the folder and that process.
+        BusyError: another process is at work; names the folder and that process.
     """
     path = folder / LOCK
     with writing(path):
-        handle = _take(path)
+        handle = _take(path, wait=wait)
     try:
         yield
     finally:
@@ -48,19 +54,39 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _take(path: Path) -> int:
+def check_free(folder: Path) -> None:
+    """Make sure that no other process holds the lock of a folder, without taking it.
+
+    Raises:
+        BusyError: another process is at work; names the folder and that process.
+    """
+    with suppress(FileNotFoundError):
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise _busy(folder, handle) from error
+        finally:
+            os.close(handle)
+
+
+def _busy(folder: Path, handle: int) -> BusyError:
+    owner = os.read(handle, 200).decode(errors="replace").strip()
+    return BusyError(f"{folder} is being worked on by {owner or 'another process'}: wait until it ends, or stop it and run again")
+
+
+def _take(path: Path, *, wait: bool) -> int:
     """Descriptor of the locked file, with this process's number in it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                owner = os.read(handle, 200).decode(errors="replace").strip()
+                busy = _busy(path.parent, handle)
                 os.close(handle)
-                raise ArtifactError(
-                    f"{path.parent} is being worked on by {owner or 'another process'}: wait until it ends, or stop it and run again"
-                ) from error
+                raise busy from error
             logger.warning("%s cannot be locked (%s): make sure that no other process works on it", path.parent, error.strerror)
         # the holder before may have removed the file between our opening and our locking it
         with suppress(FileNotFoundError):
@@ -99,6 +125,15 @@ class Cost:
             found["peak_gpu_memory_mb"] = max(self.before.get("peak_gpu_memory_mb", 0.0), peak)
             found["gpu_hours"] = round(self.before.get("gpu_hours", 0.0) + self.processes * spent / 3600, 6)
         return found
+
+
+def added_up(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several accounts of `Cost.so_far` come to: times and sessions are added, of memory the largest is taken."""
+    found: dict[str, Any] = {}
+    for cost in costs:
+        for key, value in cost.items():
+            found[key] = max(found.get(key, 0), value) if key.startswith("peak_") else round(found.get(key, 0) + value, 6)
+    return found
 
 
 @contextmanager

@@ -53,7 +53,11 @@ def _make_corpus(run: Run, corpus: CorpusConfig) -> None:
     inputs = {f"manifest/{split}": sha256_file(find_manifest(run.data, corpus.name, split)) for split in splits}
     for teacher in teachers:
         for split in splits:
-            inputs[f"tokens/{teacher}/{split}"] = fingerprint_of(_token_folder(run.data, teacher, corpus.name, split))
+            folder_of_tokens = _token_folder(run.data, teacher, corpus.name, split)
+            inputs[f"tokens/{teacher}/{split}"] = fingerprint_of(folder_of_tokens)
+            failures = folder_of_tokens / "failures.jsonl"
+            if failures.exists() and failures.stat().st_size:  # the store may be completed later, by `spear tokens --retry-failed`
+                inputs[f"failures/{teacher}/{split}"] = sha256_file(failures)
     for teacher in teachers:
         for split in splits:
             check_teachers(run, read_artifact(_token_folder(run.data, teacher, corpus.name, split)), [teacher])

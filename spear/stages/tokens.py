@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from spear.config import to_json
 from spear.data.token_store import TokenWriter
-from spear.errors import ArtifactError, DataError
+from spear.errors import ArtifactError, ConfigError, DataError
 from spear.files import sha256_file
 from spear.progress import Meter
 from spear.quantizers.card import entry_counts
 from spear.stages.artifact import Artifact, Record, fingerprint_of, read_artifact
 from spear.stages.manifests import find_manifest, manifest_path
-from spear.teachers.base import Teacher, TeacherConfig, default_device
+from spear.stages.session import BusyError
+from spear.teachers.base import Teacher, TeacherConfig
 from spear.teachers.extraction import (
     TokensConfig,
     check_failures,
@@ -29,9 +30,10 @@ from spear.teachers.extraction import (
     count_cuts,
     extract_cuts,
     failure_of,
-    read_cuts,
+    read_blocks,
     write_failures,
 )
+from spear.training.distributed import World, pick_device, this_process
 from spear.types import TokenSpec
 
 if TYPE_CHECKING:
@@ -43,12 +45,45 @@ SPLITS = ("train", "valid")
 COLLAPSED_SHARE, COLLAPSED_MIN_FRAMES = 0.999, 1000
 
 
-def run(run: Run) -> None:
+@dataclass(frozen=True)
+class Share:
+    """The blocks of every store that this process makes: `index`, `index` + `count`, ..."""
+
+    index: int = 0
+    count: int = 1
+
+    def __contains__(self, block: object) -> bool:
+        return isinstance(block, int) and block % self.count == self.index
+
+    @property
+    def title(self) -> str:
+        """For log lines; empty where this process is alone."""
+        return f" (worker {self.index} of {self.count})" if self.count > 1 else ""
+
+
+def share_of(world: World, num_shards: int = 1, shard: int = 0) -> Share:
+    """The share of one process: machines are numbered by `shard`, the processes that ``torchrun`` starts on each by their rank.
+
+    Raises:
+        ConfigError: `shard` is not one of 0 .. `num_shards` - 1.
+    """
+    if num_shards < 1 or not 0 <= shard < num_shards:
+        raise ConfigError(f"`--shard` must be between 0 and {max(num_shards, 1) - 1} (one less than `--num-shards`), but is {shard}")
+    return Share(shard * world.size + world.rank, num_shards * world.size)
+
+
+def run(run: Run, *, num_shards: int = 1, shard: int = 0, retry_failed: bool = False) -> None:
     """Write ``DATA/tokens/<teacher>/<corpus>/<split>/`` for every pair of teacher and corpus that the recipe needs.
 
+    Several processes share the work block by block; the one that finds all blocks made finishes a store.
+
+    Args:
+        num_shards, shard: of how many machines (or groups of processes) this is which. retry_failed: make blocks with failed cuts again.
     Raises:
         SpearError: an input is missing or does not fit, too many cuts fail, or a codebook has collapsed.
     """
+    world = this_process()
+    share, device = share_of(world, num_shards, shard), pick_device("auto", world)
     if not run.recipe.teachers:
         logger.info("tokens: the recipe names no teachers, nothing to do")
     for name in run.recipe.teachers:
@@ -56,13 +91,13 @@ def run(run: Run) -> None:
         if not corpora:
             logger.info("tokens: no corpus uses the teacher %s", name)
             continue
-        tokenizer = load_tokenizer(run, name)
+        tokenizer = load_tokenizer(run, name, device)
         for corpus, split in itertools.product(corpora, SPLITS):
             if split != "train" and not manifest_path(run.data, corpus.name, split).exists():
                 logger.info("tokens: %s has no %s cuts", corpus.name, split)
                 continue
             path = find_manifest(run.data, corpus.name, split)
-            _tokenize(run, tokenizer, path, run.data / "tokens" / name / corpus.name / split, f"{name} {corpus.name} {split}")
+            _tokenize(run, tokenizer, path, run.data / "tokens" / name / corpus.name / split, share, retry_failed)
 
 
 @dataclass(frozen=True)
@@ -80,7 +115,7 @@ class Tokenizer:
         return torch.as_tensor(self.quantizer.encode(features)).cpu()
 
 
-def load_tokenizer(run: Run, name: str) -> Tokenizer:
+def load_tokenizer(run: Run, name: str, device: torch.device) -> Tokenizer:
     """The teacher and quantizer of a recipe, checked against each other.
 
     Raises:
@@ -90,7 +125,6 @@ def load_tokenizer(run: Run, name: str) -> Tokenizer:
 
     folder = run.data / "quantizers" / name
     fingerprint = fingerprint_of(folder)
-    device = default_device()
     teacher = run.recipe.teachers[name].build(run.data)
     if read_artifact(folder)["inputs"].get("teacher") != teacher.fingerprint():
         features = run.data / "features" / name
@@ -113,9 +147,8 @@ def load_tokenizer(run: Run, name: str) -> Tokenizer:
     return Tokenizer(name, teacher.to(device), quantizer, spec, device)
 
 
-def _tokenize(run: Run, tokenizer: Tokenizer, manifest: Path, folder: Path, title: str) -> None:
-    config = run.recipe.tokens
-    total = count_cuts(manifest)
+def _tokenize(run: Run, tokenizer: Tokenizer, manifest: Path, folder: Path, share: Share, retry_failed: bool) -> None:
+    config, title = run.recipe.tokens, f"tokens {' '.join(folder.parts[-3:])}{share.title}"
     artifact = Artifact(
         folder,
         kind="tokens",
@@ -130,46 +163,135 @@ def _tokenize(run: Run, tokenizer: Tokenizer, manifest: Path, folder: Path, titl
             "manifest": sha256_file(manifest),
         },
     )
+    writer = TokenWriter(folder, tokenizer.spec)
+    job = Job(tokenizer, manifest, writer, config, count_cuts(manifest))
+    if retry_failed:
+        _reopen(artifact, job, share)
     if artifact.is_done():
         return
-    with artifact.making() as record, Meter(f"tokens {title}", total, unit="cuts") as meter:
-        _fill(tokenizer, manifest, folder, config, total, record, meter)
+    if share.count == 1:
+        with artifact.making() as record:
+            _fill(job, share, title)
+            _finish(job, record)
+        return
+    if job.missing(share):
+        with artifact.part(share.index, share.count):
+            _fill(job, share, title)
+    try:
+        _require_all(job)
+        with artifact.making(finishing=True) as record:
+            _require_all(job)  # under the lock: another process may have put failed blocks away
+            _finish(job, record)
+    except (IncompleteError, BusyError) as error:
+        logger.info("%s: this share is made; %s", title, error)
 
 
-def _fill(tokenizer: Tokenizer, manifest: Path, folder: Path, config: TokensConfig, total: int, record: Record, meter: Meter) -> None:
-    writer = TokenWriter(folder, tokenizer.spec)
-    histogram = torch.zeros(tokenizer.spec.num_codebooks, tokenizer.spec.codebook_size, dtype=torch.int64)
-    failures: list[dict[str, str]] = []
-    failed_blocks: list[int] = []
-    num_blocks = num_cuts = 0
-    for index, cuts in enumerate(blocks_of(read_cuts(manifest), config.cuts_per_block)):
-        done = writer.finished(index)
-        if done is None:
-            _write_block(tokenizer, writer, index, cuts, config)
+@dataclass(frozen=True)
+class Job:
+    """One token store to be filled: blocks 0 .. num_blocks - 1 of the cuts of a manifest."""
+
+    tokenizer: Tokenizer
+    manifest: Path
+    writer: TokenWriter
+    config: TokensConfig
+    num_cuts: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a finished store."""
+        return -(-self.num_cuts // self.config.cuts_per_block)
+
+    def missing(self, share: Share) -> list[int]:
+        """Blocks of a share that are still to be made."""
+        return [index for index in range(self.num_blocks) if index in share and not self.writer.is_finished(index)]
+
+
+class IncompleteError(Exception):
+    """Blocks of other processes are not there yet."""
+
+
+def _require_all(job: Job) -> None:
+    missing = len(job.missing(Share()))
+    if missing:
+        raise IncompleteError(f"{missing} of {job.num_blocks} blocks are still to be made by others")
+
+
+def _reopen(artifact: Artifact, job: Job, share: Share) -> None:
+    """Put away the blocks of a share in which cuts failed, so that they are made again."""
+    failed = _failures(job, [index for index in range(job.num_blocks) if index in share])
+    if not failed:
+        return
+    logger.info("tokens: %d blocks of %s with failed cuts are made again", len(failed), artifact.folder)
+    with artifact.reopening():
+        job.writer.reopen()
+        for index in failed:
+            job.writer.discard(index)
+
+
+def _fill(job: Job, share: Share, title: str) -> None:
+    """Make the missing blocks of a share.
+
+    Raises:
+        DataError: more cuts failed than the recipe allows, in this share alone.
+    """
+    writer, config = job.writer, job.config
+    missing = set(job.missing(share))
+    failures = _failures(job, [index for index in range(job.num_blocks) if index in share and index not in missing])
+    with Meter(title, min(len(missing) * config.cuts_per_block, job.num_cuts), unit="cuts") as meter:
+        _check_failures(job, failures)
+        for index, cuts in read_blocks(job.manifest, config.cuts_per_block, missing.__contains__):
+            _write_block(job.tokenizer, writer, index, cuts, config)
             done = writer.finished(index) or {}
-        failures += done["failures"]
-        failed_blocks += [index] if done["failures"] else []
-        try:
-            check_failures(folder, failures, total, config.max_failed_share, "tokens.max_failed_share")
-        except DataError:
-            for block in failed_blocks:
-                writer.discard(block)
-            raise
-        histogram += entry_counts(writer.codes(index), tokenizer.spec.codebook_size)
+            if done["failures"]:
+                failures[index] = done["failures"]
+                _check_failures(job, failures)
+            meter.advance(len(cuts), audio_s=done["audio_s"])
+
+
+def _failures(job: Job, blocks: Iterable[int]) -> dict[int, list[dict[str, str]]]:
+    """Number of a finished block -> its failed cuts, where it has any."""
+    found = ((index, (job.writer.finished(index) or {}).get("failures")) for index in blocks)
+    return {index: failures for index, failures in found if failures}
+
+
+def _check_failures(job: Job, failures: dict[int, list[dict[str, str]]]) -> None:
+    """Stop where too many cuts failed; the blocks they belong to are made again by the next run."""
+    listed = [failure for index in sorted(failures) for failure in failures[index]]
+    try:
+        check_failures(job.writer.folder, listed, job.num_cuts, job.config.max_failed_share, "tokens.max_failed_share")
+    except DataError:
+        for index in failures:
+            job.writer.discard(index)
+        raise
+
+
+def _finish(job: Job, record: Record) -> None:
+    """Check the whole store, of which every block is there, and describe it.
+
+    Raises:
+        DataError: too many cuts failed, an id occurs twice, or a codebook has collapsed.
+    """
+    writer, spec = job.writer, job.tokenizer.spec
+    histogram = torch.zeros(spec.num_codebooks, spec.codebook_size, dtype=torch.int64)
+    failures: dict[int, list[dict[str, str]]] = {}
+    seen: set[str] = set()
+    for index in range(job.num_blocks):
+        done = writer.finished(index) or {}
+        if done["failures"]:
+            failures[index] = done["failures"]
+        for cut_id in [*done["ids"], *(failure["id"] for failure in done["failures"])]:
+            if cut_id in seen:
+                raise DataError(f"{job.manifest} holds the cut {cut_id} twice", cause="duplicate_id")
+            seen.add(cut_id)
+        histogram += entry_counts(writer.codes(index), spec.codebook_size)
         record.audio_s += done["audio_s"]
-        meter.advance(len(cuts), audio_s=done["audio_s"])
-        num_blocks, num_cuts = index + 1, num_cuts + len(done["ids"])
-    check_collapse(histogram, f"{folder.parent.parent.name}")
-    write_failures(folder, failures)
-    writer.close(num_blocks)
-    record.counts = {"cuts": num_cuts, "frames": int(histogram[0].sum()), "failed": count_causes(failures)}
+    _check_failures(job, failures)
+    check_collapse(histogram, f"{writer.folder.parent.parent.name}")
+    listed = [failure for index in sorted(failures) for failure in failures[index]]
+    write_failures(writer.folder, listed)
+    writer.close(job.num_blocks)
+    record.counts = {"cuts": len(seen) - len(listed), "frames": int(histogram[0].sum()), "failed": count_causes(listed)}
     record.extra = {"codes_used": [int(n) for n in (histogram > 0).sum(dim=1)], "entropy_bits": entropy_bits(histogram)}
-
-
-def blocks_of(cuts: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Consecutive lists of `size` cuts, the last one shorter."""
-    while block := list(itertools.islice(cuts, size)):
-        yield block
 
 
 def _write_block(tokenizer: Tokenizer, writer: TokenWriter, index: int, cuts: list[Any], config: TokensConfig) -> None:

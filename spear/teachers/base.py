@@ -28,7 +28,10 @@ class TeacherConfig(Registry):
 
     TABLE: ClassVar[dict[str, str]] = {
         "huggingface": "spear.teachers.huggingface:HuggingFaceConfig",
+        "layers": "spear.teachers.layers:LayersConfig",
         "spear": "spear.teachers.spear:SpearTeacherConfig",
+        "redimnet": "spear.teachers.redimnet:ReDimNetConfig",
+        "python": "spear.teachers.python:PythonConfig",
         "logmel": "spear.teachers.logmel:LogMelConfig",
         "mfcc": "spear.teachers.logmel:MfccConfig",
     }

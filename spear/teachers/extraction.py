@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,36 @@ def read_cuts(path: Path) -> Iterator[Any]:
                 raise DataError(f"{path} holds the cut {cut.id} twice", cause="duplicate_id")
             seen.add(cut.id)
             yield cut
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is not a readable manifest: {error}", cause="manifest") from error
+
+
+def read_blocks(path: Path, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Any]]]:
+    """Consecutive groups of `size` cuts of a manifest with their numbers, the last one shorter; those not wanted are not parsed.
+
+    Raises:
+        ArtifactError: there is no manifest. DataError: it cannot be read, or an id occurs twice in what is parsed.
+    """
+    from lhotse.serialization import deserialize_item
+
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist: run `spear manifests` first")
+    seen: set[str] = set()
+    try:
+        with gzip.open(path, "rb") as file:
+            lines = (line for line in file if line.strip())
+            for index in itertools.count():
+                block = list(itertools.islice(lines, size))
+                if not block:
+                    return
+                if not wanted(index):
+                    continue
+                cuts: list[Any] = [deserialize_item(json.loads(line)) for line in block]
+                for cut in cuts:
+                    if cut.id in seen:
+                        raise DataError(f"{path} holds the cut {cut.id} twice", cause="duplicate_id")
+                    seen.add(cut.id)
+                yield index, cuts
     except (OSError, EOFError, ValueError, KeyError) as error:
         raise DataError(f"{path} is not a readable manifest: {error}", cause="manifest") from error
 

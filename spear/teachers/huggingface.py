@@ -33,6 +33,9 @@ ADAPTERS = {
     "whisper": "spear.teachers.whisper:WhisperTeacher",
     "audio-spectrogram-transformer": "spear.teachers.ast_patches:ASTTeacher",
     "dasheng": "spear.teachers.dasheng:DashengTeacher",
+    "encodec": "spear.teachers.codec:CodecTeacher",
+    "dac": "spear.teachers.codec:CodecTeacher",
+    "mimi": "spear.teachers.codec:CodecTeacher",
 }
 """model_type -> adapter; a new input convention is one file and one line here."""
 
@@ -63,15 +66,7 @@ class HuggingFaceConfig(TeacherConfig):
 
     def build(self, folder: Path | None = None) -> Teacher:
         """See TeacherConfig.build; the adapter is that of the model's ``model_type``."""
-        source = find_source(self, folder)
-        target = ADAPTERS.get(str(source.config.get("model_type")))
-        if target is None:
-            raise ConfigError(
-                f"`model_type` must be one of {', '.join(sorted(ADAPTERS))}, but is {source.config.get('model_type')!r} ({source.name}/config.json)"
-            )
-        module, _, name = target.partition(":")
-        adapter: Callable[[Source, HuggingFaceConfig], Teacher] = getattr(importlib.import_module(module), name)
-        return verified(adapter(source, self))
+        return verified(make_teacher(self, folder))
 
 
 @dataclass(frozen=True)
@@ -98,6 +93,23 @@ class Source:
         """One value of preprocessor_config.json."""
         value = (self.preprocessor or {}).get(key)
         return default if value is None else value
+
+
+def make_teacher(config: HuggingFaceConfig, folder: Path | None) -> Teacher:
+    """The adapter of the model's ``model_type``, not verified yet.
+
+    Raises:
+        ConfigError: another ``model_type``, or the model cannot be had.
+    """
+    source = find_source(config, folder)
+    target = ADAPTERS.get(str(source.config.get("model_type")))
+    if target is None:
+        raise ConfigError(
+            f"`model_type` must be one of {', '.join(sorted(ADAPTERS))}, but is {source.config.get('model_type')!r} ({source.name}/config.json)"
+        )
+    module, _, name = target.partition(":")
+    adapter: Callable[[Source, HuggingFaceConfig], Teacher] = getattr(importlib.import_module(module), name)
+    return adapter(source, config)
 
 
 def find_source(config: HuggingFaceConfig, folder: Path | None) -> Source:

@@ -57,6 +57,19 @@ class World:
             dist.barrier()
 
 
+def this_process() -> World:
+    """Who this process is among those that ``torchrun`` started, from RANK, WORLD_SIZE and LOCAL_RANK; without them it is alone.
+
+    Raises:
+        SpearError: an environment variable of torchrun is not a number.
+    """
+    try:
+        world = World(*(int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))))
+    except ValueError as error:
+        raise SpearError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
+    return world if world.size > 1 else World()
+
+
 @contextmanager
 def process_group(device: Device = "auto") -> Iterator[World]:
     """Join the processes that ``torchrun`` started, and leave them at the end.
@@ -68,12 +81,9 @@ def process_group(device: Device = "auto") -> Iterator[World]:
     Raises:
         SpearError: an environment variable of torchrun is not a number.
     """
-    try:
-        world = World(*(int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))))
-    except ValueError as error:
-        raise SpearError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
+    world = this_process()
     if world.size == 1:
-        yield World()
+        yield world
         return
     on_cuda = pick_device(device, world).type == "cuda"
     if on_cuda:

@@ -135,6 +135,9 @@ def test_shards_leaves_out_cuts_that_failed_in_tokens(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path / "shards" / "c" / "train")
     assert [reader.id(i) for i in range(len(reader))] == ["c0", "c2", "c3", "c4", "c5"]
     assert read_json(tmp_path / "shards" / "c" / "artifact.json")["counts"]["train"]["failed_in_tokens"] == 1
+    (tmp_path / "tokens" / "speech" / "c" / "train" / "failures.jsonl").write_text("")  # as after `spear tokens --retry-failed`
+    with pytest.raises(ArtifactError, match=r"was made from other inputs: `inputs\.failures/speech/train` was .*, is None"):
+        shards.run(run)
 
 
 @pytest.mark.parametrize("extra", [-3, 3, 50])

@@ -51,25 +51,35 @@ class StreamOutput(NamedTuple):
     state: StreamState
 
 
+def _choice(name: str, wanted: int | None, known: tuple[int, ...]) -> int:
+    usable = [value for value in known if value > 0]
+    if wanted is None and len(known) == 1 and usable:
+        return usable[0]
+    if wanted is None:
+        raise ConfigError(f"`{name}` must be one positive number for streaming, but is {list(known)}: choose one")
+    if wanted not in usable:
+        raise ConfigError(f"`{name}` must be one of {usable}, which the encoder was trained with, but is {wanted}")
+    return wanted
+
+
 class ZipformerStream:
     """Runs a causal encoder chunk by chunk; the results are those of the chunk-masked offline pass.
 
-    step_frames: input frames (100 Hz) of one step. hop_frames: how far the input moves on between steps. The encoder must be in
-    eval mode; its config must have one chunk size and one left context.
+    step_frames: input frames (100 Hz) of one step. hop_frames: how far the input moves on between steps.
 
+    Args:
+        encoder: in eval mode. chunk_size, left_context_frames: at 50 Hz, one of those in its config; None where that has only one.
     Raises:
-        ConfigError: the encoder is not causal, or has no single chunk size and left context.
+        ConfigError: the encoder is not causal, or its config has no such chunk size or left context.
     """
 
-    def __init__(self, encoder: ZipformerEncoder) -> None:
+    def __init__(self, encoder: ZipformerEncoder, chunk_size: int | None = None, left_context_frames: int | None = None) -> None:
         config = encoder.config
         if not config.causal:
             raise ConfigError("`causal` must be true for streaming, but is false")
-        for name, values in (("chunk_size", config.chunk_sizes), ("left_context_frames", config.left_contexts)):
-            if len(values) != 1 or values[0] < 1:
-                raise ConfigError(f"`{name}` must be one positive number for streaming, but is {list(values)}")
         self.encoder = encoder
-        self.chunk, self.left = config.chunk_sizes[0], config.left_contexts[0]
+        self.chunk = _choice("chunk_size", chunk_size, config.chunk_sizes)
+        self.left = _choice("left_context_frames", left_context_frames, config.left_contexts)
         self.hop_frames = 2 * self.chunk
         self.step_frames = self.hop_frames + EXTRA_FRAMES
 

@@ -5,7 +5,7 @@ EXPORT ?= egs/mini/exp/mini/export
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: mini test test-all check lint bench clients install clean
+.PHONY: mini test test-all check lint bench clients docs install clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ bench: install  ## speed against the references, side by side
 
 clients: install  ## EXPORT under HEAR, X-ARES and S3PRL on small tasks
 	$(BIN)/python tools/clients/run.py $(EXPORT) egs/mini/data/corpus/sounds
+
+docs: install  ## the site, in build/site; warnings are errors
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf egs/*/data egs/*/exp .pytest_cache .mypy_cache .ruff_cache

@@ -16,6 +16,7 @@ from spear.errors import ConfigError, DataError
 from spear.files import make_folder, write_bytes
 from spear.progress import track
 from spear.quantizers import load_quantizer
+from spear.quantizers.base import Quantizer
 from spear.recipe import load_recipe
 from spear.stages.artifact import DONE, read_artifact
 from spear.teachers.base import Teacher, TeacherConfig, extract
@@ -36,9 +37,7 @@ def tokenize_files(options: argparse.Namespace) -> None:
         DataError: an audio file is missing (nothing is written then) or cannot be read.
     """
     files = existing_files(options.audio)
-    teacher = _teacher(options)
-    quantizer = load_quantizer(options.quantizer)
-    _check_teacher(options.quantizer, quantizer.dim, teacher)
+    teacher, quantizer = tokenizer_of(options)
     make_folder(options.out)
     names = output_names(files, options.out)
     for path, target in track(names.items(), "tokenize", len(names), unit="files"):
@@ -55,6 +54,20 @@ def tokenize_files(options: argparse.Namespace) -> None:
             source=np.str_(path),
         )
         write_bytes(target, buffer.getvalue())
+
+
+def tokenizer_of(options: argparse.Namespace) -> tuple[Teacher, Quantizer]:
+    """Teacher and quantizer that options name, checked against each other.
+
+    Args:
+        options: recipe and teacher, or teacher_dir and layer; quantizer; data.
+    Raises:
+        ConfigError: neither or both ways of naming the teacher, or the quantizer was fitted on another one.
+    """
+    teacher = _teacher(options)
+    quantizer = load_quantizer(options.quantizer)
+    _check_teacher(options.quantizer, quantizer.dim, teacher)
+    return teacher, quantizer
 
 
 def _check_teacher(folder: Path, dim: int, teacher: Teacher) -> None:

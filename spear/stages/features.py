@@ -26,11 +26,11 @@ from spear.teachers.extraction import (
     check_failures,
     corpora_of,
     count_causes,
-    extract_cuts,
     failure_of,
     read_cuts,
     write_failures,
 )
+from spear.teachers.pipeline import extract_cuts
 
 if TYPE_CHECKING:
     from spear.recipe import Run
@@ -58,7 +58,7 @@ def run(run: Run) -> None:
     """
     if not run.recipe.teachers:
         logger.info("features: the recipe names no teachers, nothing to do")
-    for name in run.recipe.teachers:
+    for name in run.recipe.quantizers:
         _sample(run, name)
 
 

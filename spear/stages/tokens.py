@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spear.config import to_json
+from spear.data.scan import manifest_entries
 from spear.data.token_store import TokenWriter
 from spear.errors import ArtifactError, ConfigError, DataError
 from spear.files import sha256_file
@@ -28,11 +31,11 @@ from spear.teachers.extraction import (
     corpora_of,
     count_causes,
     count_cuts,
-    extract_cuts,
     failure_of,
     read_blocks,
     write_failures,
 )
+from spear.teachers.pipeline import Part, extract_groups, find_batch_seconds
 from spear.training.distributed import World, pick_device, this_process
 from spear.types import TokenSpec
 
@@ -84,9 +87,11 @@ def run(run: Run, *, num_shards: int = 1, shard: int = 0, retry_failed: bool = F
     """
     world = this_process()
     share, device = share_of(world, num_shards, shard), pick_device("auto", world)
-    if not run.recipe.teachers:
-        logger.info("tokens: the recipe names no teachers, nothing to do")
-    for name in run.recipe.teachers:
+    if not run.recipe.teachers or run.recipe.tokens.source == "online":
+        reason = "names no teachers" if not run.recipe.teachers else "labels batches online"
+        logger.info("tokens: the recipe %s, nothing to do", reason)
+        return
+    for name in run.recipe.quantizers:
         corpora = corpora_of(name, run.corpora, run.teachers_of)
         if not corpora:
             logger.info("tokens: no corpus uses the teacher %s", name)
@@ -196,6 +201,16 @@ class Job:
     config: TokensConfig
     num_cuts: int
 
+    @functools.cached_property
+    def batch_seconds(self) -> float:
+        """Audio in one forward pass; ``auto`` is measured here, once."""
+        if self.config.batch_seconds != "auto":
+            return float(self.config.batch_seconds)
+        longest_s = max(entry.seconds for entry in manifest_entries(self.manifest))
+        found = find_batch_seconds(self.tokenizer.teacher, longest_s, self.tokenizer.device)
+        logger.info("tokens: `tokens.batch_seconds` auto is %.0f for %s on %s", found, self.tokenizer.name, self.tokenizer.device)
+        return found
+
     @property
     def num_blocks(self) -> int:
         """Blocks of a finished store."""
@@ -237,15 +252,29 @@ def _fill(job: Job, share: Share, title: str) -> None:
     writer, config = job.writer, job.config
     missing = set(job.missing(share))
     failures = _failures(job, [index for index in range(job.num_blocks) if index in share and index not in missing])
-    with Meter(title, min(len(missing) * config.cuts_per_block, job.num_cuts), unit="cuts") as meter:
+    tokenizer, block = job.tokenizer, _Block()
+    written: Future[tuple[int, int]] | None = None
+
+    def note(done_block: Future[tuple[int, int]] | None) -> None:
+        if done_block is None:
+            return
+        index, num_cuts = done_block.result()
+        done = writer.finished(index) or {}
+        if done["failures"]:
+            failures[index] = done["failures"]
+            _check_failures(job, failures)
+        meter.advance(num_cuts, audio_s=done["audio_s"])
+
+    with Meter(title, min(len(missing) * config.cuts_per_block, job.num_cuts), unit="cuts") as meter, ThreadPoolExecutor(1) as scribe:
         _check_failures(job, failures)
-        for index, cuts in read_blocks(job.manifest, config.cuts_per_block, missing.__contains__):
-            _write_block(job.tokenizer, writer, index, cuts, config)
-            done = writer.finished(index) or {}
-            if done["failures"]:
-                failures[index] = done["failures"]
-                _check_failures(job, failures)
-            meter.advance(len(cuts), audio_s=done["audio_s"])
+        blocks = read_blocks(job.manifest, config.cuts_per_block, missing.__contains__)
+        settings: dict[str, Any] = {"device": tokenizer.device, "tolerance_frames": config.length_tolerance_frames}
+        for part in extract_groups(tokenizer.teacher, blocks, batch_seconds=job.batch_seconds, **settings):
+            block.add(tokenizer, part)
+            if part.last:
+                note(written)
+                written, block = scribe.submit(block.write, writer, part), _Block()
+        note(written)
 
 
 def _failures(job: Job, blocks: Iterable[int]) -> dict[int, list[dict[str, str]]]:
@@ -294,29 +323,32 @@ def _finish(job: Job, record: Record) -> None:
     record.extra = {"codes_used": [int(n) for n in (histogram > 0).sum(dim=1)], "entropy_bits": entropy_bits(histogram)}
 
 
-def _write_block(tokenizer: Tokenizer, writer: TokenWriter, index: int, cuts: list[Any], config: TokensConfig) -> None:
-    codes: dict[str, Tensor] = {}
-    failed: dict[str, dict[str, str]] = {}
-    for outcomes in extract_cuts(
-        tokenizer.teacher,
-        cuts,
-        batch_seconds=config.batch_seconds,
-        device=tokenizer.device,
-        tolerance_frames=config.length_tolerance_frames,
-    ):
-        failed.update({outcome.cut_id: failure_of(outcome) for outcome in outcomes if outcome.features is None})
-        good = [(outcome.cut_id, outcome.features) for outcome in outcomes if outcome.features is not None]
+class _Block:
+    """Codes and failures of the cuts of one block, batch by batch."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, Tensor] = {}
+        self.failed: dict[str, dict[str, str]] = {}
+
+    def add(self, tokenizer: Tokenizer, part: Part) -> None:
+        """Encode the frames of one batch."""
+        self.failed.update({outcome.cut_id: failure_of(outcome) for outcome in part.outcomes if outcome.features is None})
+        good = [(outcome.cut_id, outcome.features) for outcome in part.outcomes if outcome.features is not None]
         if good:
             rows = tokenizer.encode(torch.cat([features for _, features in good])).split([len(features) for _, features in good])
-            codes.update({cut_id: item for (cut_id, _), item in zip(good, rows)})
-    kept = [cut for cut in cuts if cut.id in codes]
-    writer.write(
-        index,
-        [cut.id for cut in kept],
-        [codes[cut.id] for cut in kept],
-        failures=[failed[cut.id] for cut in cuts if cut.id in failed],
-        audio_s=round(sum(cut.duration for cut in kept), 6),
-    )
+            self.codes.update({cut_id: item for (cut_id, _), item in zip(good, rows)})
+
+    def write(self, writer: TokenWriter, part: Part) -> tuple[int, int]:
+        """Write the block that `part` ends; returns its number and how many cuts it has."""
+        kept = [cut for cut in part.cuts if cut.id in self.codes]
+        writer.write(
+            part.group,
+            [cut.id for cut in kept],
+            [self.codes[cut.id] for cut in kept],
+            failures=[self.failed[cut.id] for cut in part.cuts if cut.id in self.failed],
+            audio_s=round(sum(cut.duration for cut in kept), 6),
+        )
+        return part.group, len(part.cuts)
 
 
 def check_collapse(histogram: Tensor, name: str) -> None:

@@ -31,6 +31,8 @@ class TeacherConfig(Registry):
         "layers": "spear.teachers.layers:LayersConfig",
         "spear": "spear.teachers.spear:SpearTeacherConfig",
         "redimnet": "spear.teachers.redimnet:ReDimNetConfig",
+        "beats": "spear.teachers.beats:BEATsConfig",
+        "atst": "spear.teachers.atst:ATSTConfig",
         "python": "spear.teachers.python:PythonConfig",
         "logmel": "spear.teachers.logmel:LogMelConfig",
         "mfcc": "spear.teachers.logmel:MfccConfig",
@@ -57,6 +59,8 @@ class Teacher(nn.Module, abc.ABC):
         depends_on_padding: whether padding or batch mates of another length would change its output;
             ``forward`` then runs equal lengths together and never pads.
         settings: JSON value of everything but the weights that its output depends on.
+
+    ``num_parts`` says of how many layers, side by side, a frame is made; each is D / num_parts wide.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Teacher(nn.Module, abc.ABC):
         self.name, self.sample_rate, self.dim, self.num_layers = name, sample_rate, dim, num_layers
         self.frame_rate_hz, self.first_frame_s = frame_rate_hz, first_frame_s
         self.depends_on_padding, self.settings = depends_on_padding, settings
+        self.num_parts = 1
         self._fingerprint = ""
 
     @abc.abstractmethod

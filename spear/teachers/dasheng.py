@@ -10,23 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from spear.errors import ConfigError
 from spear.teachers.base import Teacher, resolve_layer
 from spear.teachers.frontend import HOP_SAMPLES, decibel_mel
-from spear.teachers.huggingface import HuggingFaceConfig, Source, loading, quiet
+from spear.teachers.huggingface import HuggingFaceConfig, Source
+from spear.teachers.remote import load_own_code
 from spear.types import TeacherOutput
-
-CLASSES = ("AutoModel", "AutoModelForAudioClassification")
 
 
 class DashengTeacher(Teacher):
     """One block's output of a Dasheng encoder: 25 Hz, first frame centred at 15 ms; ``last`` is after the final LayerNorm."""
 
     def __init__(self, source: Source, config: HuggingFaceConfig) -> None:
-        model = _load(source)
+        model = load_own_code(source)
         encoder: Any = model.encoder
         patch = int(encoder.patch_stride[-1])
         num_layers = len(encoder.blocks) + 1
@@ -76,31 +74,3 @@ class DashengTeacher(Teacher):
         finally:
             hook.remove()
         return caught[0]
-
-
-def _load(source: Source) -> Any:
-    """Build the folder's own class on the CPU and fill it; transformers' loader would build it without memory, which its code does not bear."""
-    from transformers import AutoConfig
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    from transformers.utils import cached_file
-
-    if not source.trust_remote_code:
-        raise ConfigError(f"`model` {source.name} cannot be loaded: it brings its own Python code; read it, then set `trust_remote_code: true`")
-    code = source.config.get("auto_map", {})
-    reference = next((code[name] for name in CLASSES if name in code), None)
-    if reference is None:
-        raise ConfigError(f"`auto_map` must name one of {', '.join(CLASSES)}, but does not ({source.name}/config.json)")
-    with quiet(), loading(source.name, is_folder=source.is_folder):
-        config = AutoConfig.from_pretrained(source.location, trust_remote_code=True, **source.options)
-        model: nn.Module = get_class_from_dynamic_module(reference, source.location, **source.options)(config)
-        path = cached_file(source.location, "model.safetensors", _raise_exceptions_for_missing_entries=False, **source.options)
-        if path is not None:
-            state = load_file(path)
-        else:
-            state = torch.load(cached_file(source.location, "pytorch_model.bin", **source.options), map_location="cpu", weights_only=True)
-        wanted = model.state_dict()
-        missing = sorted(set(wanted) - set(state))
-        if missing:
-            raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} more")
-        model.load_state_dict({name: state[name] for name in wanted})
-    return model.float()

@@ -1,4 +1,4 @@
-"""From cuts to teacher frames: settings of the two extraction stages, batches of like lengths, and what became of every cut."""
+"""From cuts to teacher frames: settings of the two extraction stages, how manifests are read, and the list of what failed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import gzip
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import torch
-from torch import Tensor, nn
+from typing import Any, Literal
 
 from spear.bounds import above, at_least
-from spear.data.batches import batches_of
-from spear.errors import ArtifactError, ConfigError, DataError, SpearError
+from spear.errors import ArtifactError, ConfigError, DataError
 from spear.files import write_text
-from spear.teachers.base import Teacher
+from spear.teachers.pipeline import Outcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +52,14 @@ class FeaturesConfig:
 class TokensConfig:
     """Codes of every cut."""
 
+    source: Literal["stored", "online"] = "stored"
+    """``stored``: `spear tokens` makes them once. ``online``: teachers and quantizers run beside the student and label the audio that it hears,
+    noise and other cuts included; the stages `tokens` and `shards` then make and keep none."""
     cuts_per_block: int = 256
     """Cuts in one file of codes; an interrupted run resumes at its last finished block."""
-    batch_seconds: float = 60.0
-    """Audio in one forward pass of a teacher, padding included."""
+    batch_seconds: float | Literal["auto"] = 60.0
+    """Audio in one forward pass of a teacher, padding included; ``auto``: as much as a GPU's memory holds, measured at the start of every
+    teacher, and 10 on a CPU. It changes codes by float rounding only, but with ``auto`` the bytes of a store may depend on the GPU's free memory."""
     pairs: Literal["needed", "all"] = "needed"
     """``needed``: a corpus gets the tokens of the teachers its domain uses; ``all``: of every teacher."""
     max_failed_share: float = 0.001
@@ -69,25 +68,18 @@ class TokensConfig:
     """Largest difference between the frames a teacher gives and those the cut's duration promises."""
 
     def __post_init__(self) -> None:
+        if self.source not in ("stored", "online"):
+            raise ConfigError(f"`source` must be stored or online, but is {self.source!r}")
         at_least("cuts_per_block", self.cuts_per_block, 1)
         at_least("length_tolerance_frames", self.length_tolerance_frames, 0)
         _share("max_failed_share", self.max_failed_share)
-        above("batch_seconds", self.batch_seconds, 0)
+        if self.batch_seconds != "auto":
+            above("batch_seconds", float(self.batch_seconds), 0)
 
 
 def _share(key: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ConfigError(f"`{key}` must be in [0, 1), but is {value}")
-
-
-class Outcome(NamedTuple):
-    """What became of one cut: frames (T, D) on the teacher's device, or why there are none."""
-
-    cut_id: str
-    features: Tensor | None
-    audio_s: float
-    cause: str = ""
-    message: str = ""
 
 
 def read_cuts(path: Path) -> Iterator[Any]:
@@ -154,71 +146,6 @@ def count_cuts(path: Path) -> int:
         raise ArtifactError(f"{path} does not exist: run `spear manifests` first") from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path} is not a readable manifest: {error}", cause="manifest") from error
-
-
-def extract_cuts(
-    teacher: Teacher, cuts: Sequence[Any], *, batch_seconds: float, device: torch.device, tolerance_frames: int = 1
-) -> Iterator[list[Outcome]]:
-    """Frames of cuts, one list of outcomes per batch; the next batch is decoded while the teacher works.
-
-    The batches depend on `cuts` and `batch_seconds` only, so that a resumed run computes the same numbers.
-
-    Raises:
-        SpearError: a batch does not fit into the device's memory.
-    """
-    batches = batches_of(cuts, batch_seconds)
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        pending = [reader.submit(_load, batch, teacher.sample_rate) for batch in batches[:1]]
-        for index in range(len(batches)):
-            loaded = pending.pop().result()
-            if index + 1 < len(batches):
-                pending.append(reader.submit(_load, batches[index + 1], teacher.sample_rate))
-            try:
-                yield _run(teacher, loaded, device, tolerance_frames)
-            except torch.OutOfMemoryError as error:
-                raise SpearError(f"`batch_seconds` {batch_seconds:g} does not fit into the memory of {device}: choose less") from error
-
-
-def _load(cuts: list[Any], sample_rate: int) -> list[tuple[Any, Tensor | DataError]]:
-    from spear.data.audio import load_audio
-
-    loaded: list[tuple[Any, Tensor | DataError]] = []
-    for cut in cuts:
-        try:
-            loaded.append((cut, torch.from_numpy(load_audio(cut, sample_rate))))
-        except DataError as error:
-            loaded.append((cut, error))
-    return loaded
-
-
-def _run(teacher: Teacher, loaded: list[tuple[Any, Tensor | DataError]], device: torch.device, tolerance_frames: int) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    audio: list[Tensor] = []
-    good: list[Any] = []
-    for cut, item in loaded:
-        if isinstance(item, DataError):
-            outcomes.append(Outcome(cut.id, None, 0.0, item.cause, str(item)))
-        elif teacher.num_frames(len(item)) < 1:
-            text = f"the cut {cut.id} of {len(item)} samples is too short for one frame of {teacher.name}"
-            outcomes.append(Outcome(cut.id, None, 0.0, "too_short", text))
-        else:
-            audio.append(item)
-            good.append(cut)
-    if not good:
-        return outcomes
-    lens = torch.tensor([len(item) for item in audio], device=device)
-    features, frames = teacher(nn.utils.rnn.pad_sequence(audio, batch_first=True).to(device), lens)
-    finite = features.isfinite().flatten(1).all(dim=1).tolist()
-    for cut, item, count, whole in zip(good, features, frames.tolist(), finite):
-        promised = teacher.num_frames(round(cut.duration * teacher.sample_rate))
-        if abs(count - promised) > tolerance_frames:
-            text = f"the cut {cut.id} must give {promised} frames of {teacher.name} for its {cut.duration:g} s, but gives {count}"
-            outcomes.append(Outcome(cut.id, None, 0.0, "length_mismatch", text))
-        elif not whole:
-            outcomes.append(Outcome(cut.id, None, 0.0, "not_finite", f"{teacher.name} gives frames that are not finite for the cut {cut.id}"))
-        else:
-            outcomes.append(Outcome(cut.id, item[:count], float(cut.duration)))
-    return outcomes
 
 
 def failure_of(outcome: Outcome, **where: str) -> dict[str, str]:

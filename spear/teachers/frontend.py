@@ -17,15 +17,17 @@ def num_kaldi_frames(samples: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def mel_filters(num_mel_bins: int, sample_rate: int, low_hz: float, *, kaldi: bool) -> Tensor:
-    """(257, F) float64 triangular filters up to the Nyquist frequency: Kaldi's, triangular in mel, or HTK's, triangular in Hz."""
+def mel_filters(
+    num_mel_bins: int, sample_rate: int, low_hz: float, *, kaldi: bool, fft_samples: int = FFT_SAMPLES, high_hz: float | None = None
+) -> Tensor:
+    """(fft / 2 + 1, F) float64 triangular filters up to `high_hz` (the Nyquist frequency): Kaldi's, triangular in mel, or HTK's, in Hz."""
     from transformers.audio_utils import mel_filter_bank
 
     filters = mel_filter_bank(
-        num_frequency_bins=FFT_SAMPLES // 2 + 1,
+        num_frequency_bins=fft_samples // 2 + 1,
         num_mel_filters=num_mel_bins,
         min_frequency=low_hz,
-        max_frequency=sample_rate / 2,
+        max_frequency=high_hz or sample_rate / 2,
         sampling_rate=sample_rate,
         norm=None,
         mel_scale="kaldi" if kaldi else "htk",
@@ -55,19 +57,28 @@ def kaldi_log_mel(audio: Tensor, *, num_mel_bins: int, sample_rate: int, window:
     return log_mel
 
 
-def decibel_mel(audio: Tensor, *, num_mel_bins: int, sample_rate: int) -> Tensor:
-    """Mel energies in dB as Dasheng's front end makes them, relative to this recording alone.
+def decibel_mel(
+    audio: Tensor,
+    *,
+    num_mel_bins: int,
+    sample_rate: int,
+    fft_samples: int = FFT_SAMPLES,
+    low_hz: float = 0.0,
+    high_hz: float | None = None,
+    top_db: float = 120.0,
+) -> Tensor:
+    """Mel energies in dB as the front ends of Dasheng (the defaults) and ATST make them, relative to this recording alone.
 
-    Centred frames (reflected ends) of a periodic 512-sample Hann window every 160 samples, HTK filters from 0 Hz,
-    10 log10 with floor 1e-10, at most 120 dB below the recording's maximum.
+    Centred frames (reflected ends) of a periodic Hann window of `fft_samples` every 160 samples, HTK filters from `low_hz` to `high_hz` (the
+    Nyquist frequency), 10 log10 with floor 1e-10, at most `top_db` below the recording's maximum.
 
     Args:
-        audio: (S,) float32, S > 256.
+        audio: (S,) float32, S > fft_samples / 2.
     Returns:
         (F, T) float32, T = floor(S / 160) + 1.
     """
-    window = torch.hann_window(FFT_SAMPLES, dtype=torch.float64, device=audio.device)
-    spectrum = torch.stft(audio.double(), FFT_SAMPLES, HOP_SAMPLES, window=window, center=True, pad_mode="reflect", return_complex=True)
-    filters = mel_filters(num_mel_bins, sample_rate, 0.0, kaldi=False).to(audio.device)
+    window = torch.hann_window(fft_samples, dtype=torch.float64, device=audio.device)
+    spectrum = torch.stft(audio.double(), fft_samples, HOP_SAMPLES, window=window, center=True, pad_mode="reflect", return_complex=True)
+    filters = mel_filters(num_mel_bins, sample_rate, low_hz, kaldi=False, fft_samples=fft_samples, high_hz=high_hz).to(audio.device)
     level = 10.0 * (filters.T @ spectrum.abs().square()).clamp(min=1e-10).log10()
-    return level.clamp(min=float(level.max()) - 120.0).float()
+    return level.clamp(min=float(level.max()) - top_db).float()

@@ -33,6 +33,7 @@ ADAPTERS = {
     "whisper": "spear.teachers.whisper:WhisperTeacher",
     "audio-spectrogram-transformer": "spear.teachers.ast_patches:ASTTeacher",
     "dasheng": "spear.teachers.dasheng:DashengTeacher",
+    "eat": "spear.teachers.eat:EATTeacher",
     "encodec": "spear.teachers.codec:CodecTeacher",
     "dac": "spear.teachers.codec:CodecTeacher",
     "mimi": "spear.teachers.codec:CodecTeacher",

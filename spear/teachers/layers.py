@@ -37,7 +37,7 @@ class LayersConfig(HuggingFaceConfig):
         if len(set(layers)) < len(layers):
             raise ConfigError(f"`layers` must be different, but {self.layers} name one of {teacher.num_layers} twice ({teacher.name})")
         teacher.model = JoinedLayers(teacher.model, [layer for layer in layers if layer is not None], teacher.num_layers, teacher.name)
-        teacher.layer, teacher.dim = 0, teacher.dim * len(layers)
+        teacher.layer, teacher.dim, teacher.num_parts = 0, teacher.dim * len(layers), len(layers)
         teacher.settings = {**teacher.settings, "layer": layers}
         return verified(teacher)
 

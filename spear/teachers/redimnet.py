@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,21 +14,25 @@ import torch
 from torch import Tensor
 
 from spear.errors import ConfigError
-from spear.teachers.base import Teacher, TeacherConfig, resolve_layer, verified
+from spear.teachers.base import Teacher, TeacherConfig, find_model, resolve_layer, verified
 from spear.types import TeacherOutput
 
 HOP_SAMPLES, SAMPLE_RATE = 160, 16000
+PACKAGE = "redimnet"
 MIN_SAMPLES = 400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReDimNetConfig(TeacherConfig):
-    """A ReDimNet from its authors' weights and code; a checkout of that code must be on PYTHONPATH, and torchaudio installed."""
+    """A ReDimNet from its authors' weights and code; torchaudio must be installed."""
 
     weights: str
     """``.pt`` of a release (`model_config` and `state_dict`), relative to the run's data folder, or a path; read without running code."""
     layer: int | Literal["last"] | None = "last"
     """0 is the stem, k the output of stage k; ``last`` is the weighted sum of all of them that is pooled."""
+
+    code: str | None = None
+    """Checkout of the authors' code, e.g. torch.hub's, relative to the run's data folder, or a path; its Python is run. Null: it is on PYTHONPATH."""
 
     def build(self, folder: Path | None = None) -> Teacher:
         """See TeacherConfig.build."""
@@ -34,10 +40,12 @@ class ReDimNetConfig(TeacherConfig):
         settings: dict[str, Any] = values["model_config"]
         if settings.get("tf_optimized_arch") or not str(settings.get("feat_type", "pt")).startswith("pt"):
             raise ConfigError(f"`weights` {self.weights} must be of a model with the front end `pt`, but `feat_type` is {settings.get('feat_type')}")
+        if self.code is not None:
+            use_checkout(self.code, folder)
         try:
             wrap: Any = importlib.import_module("redimnet.model").ReDimNetWrap
         except (ImportError, OSError, AttributeError) as error:
-            reason = "put a checkout of ReDimNet on PYTHONPATH and install torchaudio"
+            reason = "name a checkout of ReDimNet in `code` or put it on PYTHONPATH, and install torchaudio"
             raise ConfigError(f"`redimnet.model` cannot be imported ({' '.join(str(error).split())[:120]}): {reason}") from error
         try:
             model = wrap(**{**settings, "return_all_outputs": True})
@@ -45,6 +53,25 @@ class ReDimNetConfig(TeacherConfig):
         except (TypeError, RuntimeError, ValueError, AssertionError, AttributeError) as error:
             raise ConfigError(f"`weights` {self.weights} do not fit the code of `redimnet.model`: {' '.join(str(error).split())[:200]}") from error
         return verified(ReDimNetTeacher(self.weights, model.float(), settings, self.layer))
+
+
+def use_checkout(code: str, folder: Path | None) -> None:
+    """Make the package ``redimnet`` that of a checkout, whatever PYTHONPATH says.
+
+    Raises:
+        ConfigError: there is no such package.
+    """
+    path = find_model(code, folder)
+    if path is None or not (path / PACKAGE / "model.py").is_file():
+        raise ConfigError(f"`code` must be a checkout with {PACKAGE}/model.py, but is {code}")
+    where = [str((path / PACKAGE).resolve())]
+    if list(getattr(sys.modules.get(PACKAGE), "__path__", [])) == where:
+        return
+    for name in [name for name in sys.modules if name == PACKAGE or name.startswith(f"{PACKAGE}.")]:
+        del sys.modules[name]
+    package = types.ModuleType(PACKAGE)
+    package.__path__ = where
+    sys.modules[PACKAGE] = package
 
 
 def read_weights(name: str, folder: Path | None) -> dict[str, Any]:

@@ -9,13 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spear.errors import ConfigError
 from spear.teachers.base import Teacher, TeacherConfig, find_model, resolve_layer, verified
 from spear.types import TeacherOutput
-
-STEM_RATE_HZ = 50.0
-STEM_FRAMES = 7
-"""Log-mel frames that the student's front end takes before its first output (its first output is centred on the fifth)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,27 +38,23 @@ class SpearTeacher(Teacher):
 
     def __init__(self, name: str, encoder: Any, layer: int | str | None) -> None:
         index = resolve_layer(layer, int(encoder.num_layers), name)
-        rate = float(encoder.frame_rate_hz)
-        ratio = round(STEM_RATE_HZ / rate)
-        if ratio * rate != STEM_RATE_HZ:
-            raise ConfigError(f"{name} must have frames at 50 Hz or a whole fraction of it, but has {rate:g} Hz")
         super().__init__(
             name=name,
             sample_rate=int(encoder.sample_rate),
-            frame_rate_hz=rate,
+            frame_rate_hz=float(encoder.frame_rate_hz),
             first_frame_s=float(encoder.first_frame_s),
             dim=int(encoder.dim) if index is None else int(encoder.encoder.layer_dims[index]),
             num_layers=int(encoder.num_layers),
             depends_on_padding=True,
             settings={"type": "spear", "layer": index, "student": asdict(encoder.student)},
         )
-        self.model, self.layer, self.ratio = encoder, index, ratio
+        self.model, self.layer = encoder, index
 
     def num_frames(self, samples: int) -> int:
-        """See Teacher.num_frames: floor((round(S / 160) - 7) / 2) at 50 Hz, then rounded up at lower rates."""
+        """See Teacher.num_frames: what the encoder says for round(S / 160) frames of 10 ms."""
         from spear.data.fbank import num_fbank_frames
 
-        return -(-max(0, (num_fbank_frames(samples) - STEM_FRAMES) // 2) // self.ratio)
+        return int(self.model.encoder.output_frames(num_fbank_frames(samples)))
 
     def encode(self, audio: Tensor, lens: Tensor) -> TeacherOutput:
         """See Teacher.encode."""

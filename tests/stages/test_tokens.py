@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from spear.data.audio import load_audio
@@ -23,7 +24,7 @@ from spear.stages.artifact import Artifact, fingerprint_of, read_artifact
 from spear.stages.manifests import manifest_path
 from spear.teachers import Teacher, extract
 from spear.teachers.extraction import read_cuts
-from tests.teachers.runs import contents, make_run
+from tests.teachers.runs import contents, make_run, write_corpus
 
 
 def fit(run: Any, name: str, frames: torch.Tensor, size: int = 8) -> None:
@@ -244,3 +245,29 @@ def test_batches_of_stays_within_the_padded_seconds(tmp_path: Path) -> None:
     assert all(len(batch) * max(cut.duration for cut in batch) <= 2.0 for batch in batches)
     assert [cut.id for batch in batches_of(cuts[::-1], 2.0) for cut in batch] == [cut.id for batch in batches for cut in batch]
     assert all(len(batch) == 1 for batch in batches_of(cuts, 0.1))
+
+
+def test_tokens_labels_every_good_file_and_names_every_broken_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path, tokens={"max_failed_share": 0.1})
+    write_corpus(run.data, "talk", "train", 60, seed=1)
+    features.run(run)
+    for teacher in ("mel", "wide"):
+        fit(run, teacher, read_tensors(run.data / "features" / teacher / "frames-00000.safetensors")["frames"])
+    folder = run.data / "audio" / "talk"
+    (folder / "train-007.wav").unlink()
+    (folder / "train-023.wav").write_bytes((folder / "train-023.wav").read_bytes()[:3000])
+    samples, rate = soundfile.read(folder / "train-041.wav", dtype="float32")
+    soundfile.write(folder / "train-041.wav", np.where(np.arange(len(samples)) == 9, np.nan, samples), rate, subtype="FLOAT")
+    broken = {"talk-train-007": "missing_file", "talk-train-023": "length_mismatch", "talk-train-041": "not_finite"}
+    tokens.run(run)
+    store = TokenStore.open(run.data / "tokens" / "mel" / "talk" / "train")
+    listed = [json.loads(line) for line in (store.folder / "failures.jsonl").read_text().splitlines()]
+    assert {failure["id"]: failure["cause"] for failure in listed}.keys() == broken.keys()
+    for failure in listed:
+        assert failure["cause"] in (broken[failure["id"]], "decode")
+        assert failure["id"].removeprefix("talk-") in failure["message"]
+    good = [cut for cut in read_cuts(manifest_path(run.data, "talk", "train")) if cut.id not in broken]
+    assert len(good) == 57
+    assert store.ids == [cut.id for cut in good]
+    for cut in good:
+        np.testing.assert_array_equal(store[cut.id], expected_codes(run, "mel", cut))

@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 
 from spear.data.mixing import MixingConfig
+from spear.quantizers.kmeans import KMeansConfig
 from spear.recipe import Run
 from spear.stages.manifests import manifest_path
 from spear.teachers.extraction import FeaturesConfig, TokensConfig
@@ -51,6 +52,7 @@ def make_run(root: Path, name: str = "data", *, reverse: bool = False, features:
     recipe = SimpleNamespace(
         seed=7,
         teachers={"mel": LogMelConfig(num_mel_bins=16), "wide": LogMelConfig(num_mel_bins=16, stack=2)},
+        quantizers={"mel": KMeansConfig(codebook_size=16), "wide": KMeansConfig(codebook_size=16)},
         objective=SimpleNamespace(labels=lambda domain: USES[domain]),
         mixing=MixingConfig(),
         features=FeaturesConfig(**{"num_frames": 600, **(features or {})}),

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from spear.errors import ConfigError, DataError
 from spear.teachers import Teacher, TeacherConfig, extract
 from spear.teachers.huggingface import ADAPTERS, HuggingFaceConfig
-from spear.teachers.waveform import conv_frames, receptive_field, unit_variance
+from spear.teachers.waveform import ValidGroupNorm, conv_frames, receptive_field, unit_variance
 from tests.teachers.conftest import FAMILIES, LAYER_NORM, make, noise
 
 Build = Callable[..., Teacher]
@@ -51,12 +52,36 @@ def test_teacher_does_not_depend_on_batch_mates(teacher: Build, family: str) -> 
         assert (found - alone).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["wavlm_group", "hubert_group", "wav2vec2_group", "data2vec"])
+@pytest.mark.parametrize("family", ["data2vec", "wav2vec2_conformer"])
 def test_teacher_knows_that_padding_changes_it(teacher: Build, family: str) -> None:
     assert teacher(family).depends_on_padding
 
 
-@pytest.mark.parametrize("family", ["wavlm_layer", "hubert_layer", "wav2vec2_layer", "whisper", "ast"])
+def test_valid_group_norm_gives_a_padded_item_what_it_gives_it_alone() -> None:
+    norm = ValidGroupNorm(6, 6)
+    norm.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    norm.bias.data.normal_(generator=torch.Generator().manual_seed(2))
+    x = 3 + torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(0))
+    whole = norm(x)
+    assert torch.equal(whole, nn.functional.group_norm(x, 6, norm.weight, norm.bias))
+    norm.lens = torch.tensor([50, 31])
+    found = norm(x)
+    torch.testing.assert_close(found[0], whole[0])
+    alone = nn.functional.group_norm(x[1:, :, :31], 6, norm.weight, norm.bias)[0]
+    torch.testing.assert_close(found[1, :, :31], alone)
+    assert not torch.allclose(whole[1, :, :31], alone, atol=1e-2)
+
+
+def test_valid_group_norm_changes_no_fingerprint_and_nothing_alone(saved: Saved, teacher: Build) -> None:
+    import transformers as tf
+
+    model = tf.AutoModel.from_pretrained(saved("wavlm_group")).eval()
+    assert [f"model.{name}" for name in model.state_dict()] == list(teacher("wavlm_group").state_dict())
+
+
+@pytest.mark.parametrize(
+    "family", ["wavlm_layer", "hubert_layer", "wav2vec2_layer", "whisper", "ast", "wavlm_group", "hubert_group", "wav2vec2_group"]
+)
 def test_teacher_is_batched_where_padding_does_not_matter(teacher: Build, family: str) -> None:
     assert not teacher(family).depends_on_padding
 

@@ -132,5 +132,19 @@ def test_redimnet_raises_config_error_when_the_weights_are_wrong(checkout: Path)
 def test_redimnet_raises_config_error_when_its_code_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "b0.pt"
     torch.save({"model_config": {}, "state_dict": {}}, path)
-    with pytest.raises(ConfigError, match=r"`redimnet\.model` cannot be imported .*: put a checkout of ReDimNet on PYTHONPATH"):
+    with pytest.raises(ConfigError, match=r"`redimnet\.model` cannot be imported .*: name a checkout of ReDimNet in `code` or put it on PYTHONPATH"):
         build(path)
+
+
+def test_redimnet_takes_its_code_from_the_checkout_it_is_given(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(checkout)
+    expected = build(path)
+    other = checkout / "data" / "hub" / "redimnet"  # no __init__.py, as in the authors' repository
+    other.mkdir(parents=True)
+    (other / "model.py").write_text(CODE.replace("torch.tanh(stage(found[-1]))", "2 * torch.tanh(stage(found[-1]))"))
+    doubled = ReDimNetConfig(weights=str(path), layer=1, code="hub").build(checkout / "data")
+    plain = build(path, layer=1, code=str(checkout / "checkout"))
+    torch.testing.assert_close(extract(doubled, [noise(16000)])[0], 2 * extract(plain, [noise(16000)])[0])
+    assert build(path, code=str(checkout / "checkout")).fingerprint() == expected.fingerprint()
+    with pytest.raises(ConfigError, match=r"`code` must be a checkout with redimnet/model\.py, but is nowhere"):
+        build(path, code="nowhere")

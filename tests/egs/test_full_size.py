@@ -1,0 +1,171 @@
+"""The scripts of egs/librispeech_audioset on tiny folders with the layouts of the published sets."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from lhotse import CutSet, Recording
+
+from spear.data.audio import load_audio
+from spear.data.sources import CutsSource
+
+ROAD = Path(__file__).resolve().parents[2] / "egs" / "librispeech_audioset"
+
+
+@pytest.fixture(scope="module")
+def tagged(script: Any) -> ModuleType:
+    return script("librispeech_audioset/local/prepare_tagged.py")
+
+
+@pytest.fixture(scope="module")
+def speech(script: Any) -> ModuleType:
+    return script("librispeech_audioset/local/prepare_speech.py")
+
+
+def sound(path: Path, seconds: float = 0.6) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(int(16000 * seconds)), 16000)
+    return path
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["script.py", *(str(argument) for argument in arguments)])
+    return int(module.main())
+
+
+def cuts(out: Path) -> dict[str, dict[str, Any]]:
+    source = CutsSource(train=str(out / "cuts_train.jsonl.gz"), valid=str(out / "cuts_valid.jsonl.gz"), test=str(out / "cuts_test.jsonl.gz"))
+    found = {split: {item.id: item.cut for item in source.files(split)} for split in source.splits()}
+    for split in found.values():
+        for cut in split.values():
+            assert len(load_audio(cut)) > 1000
+    return found
+
+
+def labels(split: dict[str, Any]) -> dict[str, str]:
+    return {name: cut.supervisions[0].custom["label"] for name, cut in split.items()}
+
+
+def test_audioset_joins_lists_and_files_and_counts_what_is_gone(tagged: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "audioset"
+    head = "# Segments csv created\n# num_ytids=9\n# YTID, start_seconds, end_seconds, positive_labels\n"
+    for name, folder, prefix in (("unbalanced_train", "unbalanced_train_segments", ""), ("balanced_train", "audio", "Y"), ("eval", "eval", "Y")):
+        ids = [f"{name[:2]}-{i}_x" for i in range(9)]
+        rows = [f'{clip}, 30.000, 40.000, "/m/0b,/m/0a"\n' for clip in ids]
+        root.mkdir(exist_ok=True)
+        (root / f"{name}_segments.csv").write_text(head + "".join(rows))
+        for clip in ids[:8]:
+            sound(root / folder / f"{prefix}{clip}.flac")
+    (root / "eval" / "Yev-3_x.flac").write_bytes(b"broken")
+    assert run(tagged, monkeypatch, "audioset", "--root", root, "--out", tmp_path / "out", "--valid-share", 0.3) == 0
+    found = cuts(tmp_path / "out")
+    assert len(found["train"]) + len(found["valid"]) == 16
+    assert found["valid"]
+    assert sorted(found["test"]) == [f"ev-{i}_x" for i in range(8) if i != 3]
+    assert set(labels(found["train"]).values()) == {"/m/0a;/m/0b"}
+
+
+def test_vggsound_and_fsd50k_are_found_by_their_lists(tagged: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "vggsound"
+    rows = [f'id{i},{i},"dog barking, far",{"test" if i > 7 else "train"}' for i in range(10)]
+    for i in range(10):
+        sound(root / "audio" / f"id{i}_{i:06d}.wav")
+    (root / "vggsound.csv").write_text("\n".join(rows) + "\n")
+    assert run(tagged, monkeypatch, "vggsound", "--root", root, "--out", tmp_path / "v", "--valid-share", 0.4) == 0
+    found = cuts(tmp_path / "v")
+    assert sorted(found["test"]) == ["id8_000008", "id9_000009"]
+    assert set(labels(found["test"]).values()) == {"dog barking, far"}
+    root = tmp_path / "fsd50k"
+    (root / "FSD50K.ground_truth").mkdir(parents=True)
+    for part in ("dev", "eval"):
+        for i in range(12):
+            sound(root / f"FSD50K.{part}_audio" / f"{part}{i}.wav")
+        rows = [f'{part}{i},"Rain,Water","/m/1,/m/2"{",train" if part == "dev" else ""}' for i in range(12)]
+        header = "fname,labels,mids" + (",split" if part == "dev" else "")
+        (root / "FSD50K.ground_truth" / f"{part}.csv").write_text("\n".join([header, *rows]) + "\n")
+    assert run(tagged, monkeypatch, "fsd50k", "--root", root, "--out", tmp_path / "f", "--valid-share", 0.4) == 0
+    found = cuts(tmp_path / "f")
+    assert (len(found["train"]) + len(found["valid"]), len(found["test"])) == (12, 12)
+    assert set(labels(found["train"]).values()) == {"Rain;Water"}
+
+
+def test_tagged_says_which_split_is_empty(
+    tagged: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "vggsound.csv").write_text("a,1,dog,train\nb,1,dog,test\n")
+    assert run(tagged, monkeypatch, "vggsound", "--root", tmp_path, "--out", tmp_path / "out") == 1
+    assert "gives no cut for the split train (2 files of the lists are missing)" in capsys.readouterr().err
+
+
+def test_librispeech_goes_by_its_parts(speech: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "LibriSpeech"
+    for k, part in enumerate(("train-clean-100", "dev-clean", "dev-other", "test-clean")):
+        chapter = root / part / f"{k + 1}" / "22"
+        for i in range(2):
+            sound(chapter / f"{k + 1}-22-{i:04d}.flac")
+        (chapter / f"{k + 1}-22.trans.txt").write_text("".join(f"{k + 1}-22-{i:04d} HELLO THERE\n" for i in range(2)))
+    assert run(speech, monkeypatch, "librispeech", "--root", root, "--out", tmp_path / "out", "--jobs", 1) == 0
+    found = cuts(tmp_path / "out")
+    assert {split: len(part) for split, part in found.items()} == {"train": 2, "valid": 4, "test": 2}
+    (cut, _) = found["train"].values()
+    assert (cut.supervisions[0].text, cut.supervisions[0].speaker) == ("HELLO THERE", "1")
+
+
+def test_libriheavy_takes_its_manifests_with_audio_from_elsewhere(speech: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "libriheavy"
+    root.mkdir()
+    for part in ("small", "dev", "test_clean"):
+        path = sound(tmp_path / "audio" / "librilight" / part / "book.flac", 2.0)
+        cut = Recording.from_file(path, recording_id=f"{part}/book").to_cut().truncate(offset=0.5, duration=1.0).with_id(f"{part}/book_0")
+        cut.recording.sources[0].source = f"download/librilight/{part}/book.flac"
+        CutSet.from_cuts([cut]).to_file(root / f"libriheavy_cuts_{part}.jsonl.gz")
+    assert run(speech, monkeypatch, "libriheavy", "--root", root, "--audio", tmp_path / "audio", "--out", tmp_path / "out") == 0
+    found = cuts(tmp_path / "out")
+    assert [list(part) for part in found.values()] == [["small/book_0"], ["dev/book_0"], ["test_clean/book_0"]]
+    assert len(load_audio(found["train"]["small/book_0"])) == 16000
+
+
+def test_submit_sends_every_part_after_the_one_before(tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/sent\nwc -l < {tmp_path}/sent\n')
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "somewhere"}
+    done = subprocess.run([str(ROAD / "slurm" / "submit.sh"), "--shards", "4"], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.startswith("manifests to quantizers 1, tokens 2, shards 3, pretrain 4")
+    sent = (tmp_path / "sent").read_text().splitlines()
+    assert [line.split("--dependency=afterok:")[-1].split()[0] for line in sent[1:]] == ["1", "2", "3", "4"]
+    assert "--array=0-3 ../shared/tokens.sbatch --recipe" in sent[1]
+    assert all("--data somewhere" in line for line in sent)
+    assert "--stage 0 --stop-stage 2" in sent[0]
+    for name in ("stages.sbatch", "pretrain.sbatch"):
+        assert subprocess.run(["bash", "-n", str(ROAD / "slurm" / name)], check=False).returncode == 0
+
+
+def test_run_makes_the_corpora_that_are_there(tmp_path: Path) -> None:
+    copy = tmp_path / "egs" / "road"
+    for name, source in (("road", ROAD), ("shared", ROAD.parent / "shared")):
+        shutil.copytree(source, tmp_path / "egs" / name)
+    root = copy / "downloads" / "fsd50k"
+    (root / "FSD50K.ground_truth").mkdir(parents=True)
+    for part in ("dev", "eval"):
+        for i in range(3):
+            sound(root / f"FSD50K.{part}_audio" / f"{part}{i}.wav")
+        (root / "FSD50K.ground_truth" / f"{part}.csv").write_text("fname,labels\n" + "".join(f"{part}{i},Rain\n" for i in range(3)))
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROAD.parents[1])}
+    done = subprocess.run([str(copy / "run.sh"), "--stage=-1", "--stop-stage=-1"], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1  # so few files leave valid empty, and the script says so
+    assert "gives no cut for the split valid (0 files of the lists are missing)" in done.stderr
+    with gzip.open(copy / "data" / "corpus" / "fsd50k" / "cuts_train.jsonl.gz") as file:
+        assert len(list(file)) == 3
+    assert not (copy / "data" / "corpus" / "audioset").exists()

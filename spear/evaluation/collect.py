@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from spear.data.batches import batches_of
 from spear.errors import DataError
 from spear.evaluation.embedders import Audio, Embedder
-from spear.evaluation.tasks.base import SPLITS, Features, Rows, Split, Task
+from spear.evaluation.spool import Budget, Spool
+from spear.evaluation.tasks.base import SPLITS, Features, Split, Task
 from spear.progress import Meter
 
 LoadAudio = Callable[[Any, int], Audio]
@@ -42,12 +45,17 @@ class AudioCache:
 class Plan:
     """Which cuts each task reads, and the batches all models hear them in.
 
-    users[split][cut id]: names of the tasks. batches[split]: cuts, equal in every run whatever is already scored.
+    users[split][cut id]: (task, split it takes the cut for) of every user of a cut of that split; the two splits are the same but for
+    tasks that divide a split anew. batches[split]: cuts, equal in every run whatever is already scored.
+    memory_bytes: items of one model that are held in memory; more lie in files.
+    heard: model -> seconds of audio it embedded and the seconds that took, audio reading left out.
     """
 
     tasks: Mapping[str, Task]
-    users: dict[Split, dict[str, list[str]]] = field(default_factory=dict)
+    users: dict[Split, dict[str, list[tuple[str, Split]]]] = field(default_factory=dict)
     batches: dict[Split, list[list[Any]]] = field(default_factory=dict)
+    memory_bytes: int = 1 << 31
+    heard: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def make(cls, tasks: Mapping[str, Task], cuts: Mapping[str, Mapping[Split, Sequence[Any]]], batch_s: float) -> Plan:
@@ -62,33 +70,47 @@ class Plan:
         plan = cls(tasks, {split: {} for split in SPLITS})
         known: dict[Split, dict[str, Any]] = {split: {} for split in SPLITS}
         for name, task in tasks.items():
+            source = {id(cut): split for split in SPLITS for cut in cuts[name].get(split, ())}
             selected = task.select(cuts[name])
             task.prepare(selected)
             for split, found in selected.items():
                 for cut in found:
-                    if known[split].setdefault(cut.id, cut) is not cut:
-                        raise DataError(f"two cuts of the {split} split share the id {cut.id!r}", cause="duplicate_id")
-                    plan.users[split].setdefault(cut.id, []).append(name)
+                    home = source[id(cut)]
+                    if known[home].setdefault(cut.id, cut) is not cut:
+                        raise DataError(f"two cuts of the {home} split share the id {cut.id!r}", cause="duplicate_id")
+                    plan.users[home].setdefault(cut.id, []).append((name, split))
         for split in SPLITS:
             plan.batches[split] = batches_of(known[split].values(), batch_s)
         return plan
 
-    def embed(self, embedder: Embedder, names: Sequence[str], load: LoadAudio) -> dict[str, dict[Split, Features]]:
-        """Features of the named tasks for one model: task -> split -> Features."""
-        rows: dict[str, dict[Split, dict[str, Rows]]] = {name: {split: {} for split in SPLITS} for name in names}
+    def embed(self, embedder: Embedder, names: Sequence[str], load: LoadAudio, folder: Path) -> dict[str, dict[Split, Features]]:
+        """Features of the named tasks for one model: task -> split -> Features.
+
+        Args:
+            folder: for what exceeds `memory_bytes`; the features read it as long as they live, then the caller removes it.
+        """
+        budget = Budget(self.memory_bytes)
+        spools = {name: {split: Spool(folder / name / split, budget) for split in self.tasks[name].splits} for name in names}
         todo = [
             (split, batch)
             for split in SPLITS
             for batch in self.batches[split]
-            if any(name in rows for cut in batch for name in self.users[split][cut.id])
+            if any(name in spools for cut in batch for name, _ in self.users[split][cut.id])
         ]
+        audio_s = wall_s = 0.0
         with Meter(f"embed {embedder.name}", sum(len(batch) for _, batch in todo), unit="cuts") as meter:
             for split, batch in todo:
-                found = embedder.embed_batch([load(cut, embedder.sample_rate) for cut in batch])
+                audios = [load(cut, embedder.sample_rate) for cut in batch]
+                start = time.perf_counter()
+                found = embedder.embed_batch(audios)
+                wall_s += time.perf_counter() - start
+                audio_s += sum(cut.duration for cut in batch)
                 for cut, layers in zip(batch, found):
                     times = embedder.times(len(layers[0]))
-                    for name in self.users[split][cut.id]:
-                        if name in rows:
-                            rows[name][split][cut.id] = self.tasks[name].rows(cut, split, times, layers)
+                    for name, use in self.users[split][cut.id]:
+                        if name in spools:
+                            spools[name][use].add(cut.id, self.tasks[name].rows(cut, use, times, layers))
                 meter.advance(len(batch), audio_s=sum(cut.duration for cut in batch))
-        return {name: {split: Features.join(parts) for split, parts in splits.items()} for name, splits in rows.items()}
+        self.heard[embedder.name] = audio_s, wall_s
+        rate, size = embedder.frame_rate_hz, embedder.codebook_size
+        return {name: {split: spool.features(rate, size) for split, spool in splits.items()} for name, splits in spools.items()}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from spear.bounds import above, at_least
+from spear.data.corpora import CorpusConfig
 from spear.errors import ConfigError
+from spear.evaluation.suites import tasks_of
 from spear.evaluation.tasks.base import Settings, Task, TaskConfig
 from spear.files import seed_from
 
@@ -41,8 +44,14 @@ class EvaluationConfig:
     """Also score each teacher rebuilt from its tokens: what the student could learn at most."""
     untrained: bool = True
     """Also score the student before any training."""
+    baselines: bool = True
+    """Also score log-mels and the teachers, which are the same for all students on the same data."""
     batch_s: float = 60.0
     """Seconds of audio per embedding batch, padding included."""
+    analysis_cuts: int = 30
+    """Test cuts per domain for the figures that need no label: similarity of student and teachers, retrieval of changed clips; 0: none."""
+    memory_mb: int = 2048
+    """Items of one model that are held in memory; what is more lies in files of the evaluation's folder while the model is scored."""
 
     def __post_init__(self) -> None:
         for name in self.tasks:
@@ -56,7 +65,8 @@ class EvaluationConfig:
             raise ConfigError(f"`weight_decays` must be at least one and none negative, but is {self.weight_decays}")
         for key in ("steps", "batch_size", "max_train_frames", "max_test_frames", "resamples"):
             at_least(key, getattr(self, key), 1)
-        at_least("context_frames", self.context_frames, 0)
+        for key in ("context_frames", "memory_mb", "analysis_cuts"):
+            at_least(key, getattr(self, key), 0)
         above("batch_s", self.batch_s, 0)
 
     def settings(self, seed: int, device: str = "cpu") -> Settings:
@@ -78,3 +88,12 @@ class EvaluationConfig:
         """The tasks by name."""
         settings = self.settings(seed, device)
         return {name: config.build(name, settings) for name, config in self.tasks.items()}
+
+
+def with_suite(config: EvaluationConfig, suite: str, corpora: Sequence[CorpusConfig]) -> EvaluationConfig:
+    """The same settings with the tasks of a suite (see `spear.evaluation.suites`) instead of their own.
+
+    Raises:
+        ConfigError: there is no such suite, or the corpora allow none of its tasks.
+    """
+    return replace(config, tasks=tasks_of(suite, corpora))

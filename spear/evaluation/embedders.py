@@ -17,14 +17,14 @@ from spear.types import EncoderOutput
 
 Audio = NDArray[np.float32]
 Layers = list[NDArray[np.float32]]
-Kind = Literal["logmel", "teacher", "tokens", "student", "untrained"]
+Kind = Literal["logmel", "teacher", "tokens", "codes", "student", "untrained"]
 
 
 class Embedder(abc.ABC):
     """Audio in, one array of frames per layer out.
 
     Attributes: name (a file-safe word), label (for readers), kind, sample_rate, frame_rate_hz, first_frame_s (centre of frame 0),
-    layer_names.
+    layer_names, codebook_size (K where frames are codes, else 0), num_parameters (0 where nothing is trained).
     """
 
     name: str
@@ -34,6 +34,8 @@ class Embedder(abc.ABC):
     frame_rate_hz: float
     first_frame_s: float
     layer_names: list[str]
+    codebook_size: int = 0
+    num_parameters: int = 0
 
     @abc.abstractmethod
     def embed_batch(self, audios: Sequence[Audio]) -> list[Layers]:
@@ -115,6 +117,28 @@ class TeacherFrames(Embedder):
             lens = [len(x) for x in frames]
             frames = list(self._quantizer.decode(self._quantizer.encode(torch.cat(frames))).split(lens))
         return [[x.float().numpy()] for x in frames]
+
+
+class TeacherCodes(Embedder):
+    """The tokens of a teacher themselves: one "layer" per codebook, and one of all codebooks side by side where there are several."""
+
+    kind: Kind = "codes"
+
+    def __init__(self, name: str, teacher: TeacherLike, extract: Extract, quantizer: QuantizerLike, num_codebooks: int, size: int) -> None:
+        self.name, self.label = f"codes_{name}", f"{name} tokens"
+        self.sample_rate, self.frame_rate_hz, self.first_frame_s = teacher.sample_rate, teacher.frame_rate_hz, teacher.first_frame_s
+        self.layer_names = [*(f"codebook {i + 1}" for i in range(num_codebooks)), *(["all codebooks"] if num_codebooks > 1 else [])]
+        self._extract, self._quantizer, self._num_codebooks, self.codebook_size = extract, quantizer, num_codebooks, size
+
+    def embed_batch(self, audios: Sequence[Audio]) -> list[Layers]:
+        """See `Embedder`; codes as float32, (T, 1) for a codebook, (T, C) for all."""
+        frames = self._extract([torch.from_numpy(audio) for audio in audios])
+        codes = self._quantizer.encode(torch.cat(frames)).float().numpy()
+        found = []
+        for part in np.split(codes, np.cumsum([len(x) for x in frames])[:-1]):
+            books = [np.ascontiguousarray(part[:, i : i + 1]) for i in range(self._num_codebooks)]
+            found.append([*books, part] if self._num_codebooks > 1 else books)
+        return found
 
 
 class Encoded(Embedder):

@@ -27,19 +27,33 @@ MOST_GROUPS = 12
 MIN_SOUND_S = 0.5
 MAX_COLUMNS = 400
 """Columns of a spectrogram; longer ones are averaged in groups."""
+MOST_BOOKS, SHOWN_CODES, CLEAR = 8, 40, 20
+"""Codebooks drawn, codes written out, and the colour that stands for no token."""
 FRAME = 400
 """Samples of one log-mel frame; shorter sounds are drawn with silence behind them."""
 _Floats = NDArray[np.float32]
 
 
+class Tokens(NamedTuple):
+    """codes (T, C) of what can be heard of a clip, their rate and the centre of the first frame."""
+
+    codes: NDArray[np.int64]
+    frame_rate_hz: float
+    first_frame_s: float
+
+
 class Clip(NamedTuple):
-    """name: for readers. group: colour on the map. duration_s, embedding (D,): of the whole recording. sound: (S,) what can be heard."""
+    """name: for readers. group: colour on the map. duration_s, embedding (D,): of the whole recording. sound: (S,) what can be heard.
+
+    tokens: of a teacher, where they are to be shown.
+    """
 
     name: str
     group: str
     duration_s: float
     sound: _Floats
     embedding: _Floats
+    tokens: Tokens | None = None
 
 
 def project(embeddings: _Floats, method: str) -> _Floats:
@@ -126,6 +140,8 @@ def render(clips: Sequence[Clip], title: str, encoder: str, method: str, sample_
             "near": [[int(index), round(float(cosine), 2)] for index, cosine in zip(row, values)],
             "sound": wave_uri(clip.sound, sample_rate),
             "picture": spectrogram_uri(clip.sound),
+            "tokens": "" if clip.tokens is None else tokens_uri(clip.tokens, len(clip.sound) / sample_rate),
+            "codes": "" if clip.tokens is None else _first_codes(clip.tokens),
         }
         for clip, place, row, values in zip(clips, places, order, cosines)
     ]
@@ -160,6 +176,35 @@ def spectrogram_uri(sound: _Floats) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return _uri("image/png", buffer)
+
+
+def tokens_uri(tokens: Tokens, duration_s: float) -> str:
+    """A ``data:`` URI of a PNG as wide as the spectrogram: one row per codebook, equal colours are equal tokens, clear where there are none.
+
+    Args:
+        duration_s: of the spectrogram, at the tokens' rate one column a frame.
+    """
+    from matplotlib import colormaps
+    from PIL import Image
+
+    codes = tokens.codes[:, :MOST_BOOKS]
+    columns = max(round(duration_s * tokens.frame_rate_hz), 1)
+    levels = np.full((codes.shape[1], columns), CLEAR, np.uint8)
+    places = np.floor((tokens.first_frame_s + np.arange(len(codes)) / tokens.frame_rate_hz) * tokens.frame_rate_hz).astype(int)
+    inside = places < columns
+    levels[:, places[inside]] = ((codes[inside] * 37 + 11) % CLEAR).T
+    image = Image.fromarray(levels).convert("P")
+    image.putpalette((colormaps["tab20"](np.arange(CLEAR))[:, :3] * 255).astype(np.uint8).tobytes() + b"\0\0\0")
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", transparency=CLEAR)
+    return _uri("image/png", buffer)
+
+
+def _first_codes(tokens: Tokens) -> str:
+    """The first codes of the first codebook, repeats merged, as text."""
+    first = tokens.codes[:, 0]
+    kept = first[np.concatenate([[True], first[1:] != first[:-1]])]
+    return " ".join(map(str, kept[:SHOWN_CODES])) + (" ..." if len(kept) > SHOWN_CODES else "")
 
 
 def _uri(kind: str, buffer: io.BytesIO) -> str:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from spear.errors import ArtifactError
 from spear.evaluation.examples import read_examples
-from spear.evaluation.scoring import Scores, ordered
+from spear.evaluation.scoring import SPEED, Scores, ordered
 from spear.files import read_json, write_json
 
-CARDS, COSTS = "cards.json", "costs.json"
+CARDS, COSTS, ANALYSIS, SIZES = "cards.json", "costs.json", "analysis.json", "models.json"
 STAGES = ("manifests", "features", "quantizers", "tokens", "shards", "pretrain", "export", "evaluate")
 
 
@@ -23,7 +23,8 @@ class RunFacts:
     """Everything the report says about one run.
 
     scores: see `Scores`. metrics: lines of metrics.jsonl. costs: one row per stage. cards: teacher -> quantizer card.
-    examples: (description, arrays), see `spear.evaluation.examples`.
+    examples: (description, arrays), see `spear.evaluation.examples`. analysis: domain -> see `spear.evaluation.analysis`.
+    models: {name, label, kind, parameters, audio_s, wall_s} of each.
     """
 
     name: str
@@ -32,6 +33,8 @@ class RunFacts:
     costs: list[dict[str, Any]] = field(default_factory=list)
     cards: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: list[tuple[dict[str, Any], dict[str, NDArray[Any]]]] = field(default_factory=list)
+    analysis: dict[str, Any] = field(default_factory=dict)
+    models: list[dict[str, Any]] = field(default_factory=list)
 
 
 def keep_data_facts(data: Path, evaluate: Path) -> None:
@@ -78,6 +81,11 @@ def gather(exp: Path, name: str | None = None) -> RunFacts:
         costs=[row for row in costs if row["folders"]],
         cards=_optional(evaluate / CARDS, {}),
         examples=read_examples(evaluate),
+        analysis=_optional(evaluate / ANALYSIS, {}),
+        models=[
+            {**found, **_optional(evaluate / SPEED / f"{found['name']}.json", {"audio_s": 0.0, "wall_s": 0.0})}
+            for found in _optional(evaluate / SIZES, [])
+        ],
     )
 
 

@@ -143,38 +143,6 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
 
 
-def layer_bars(title: str, by_model: Mapping[str, Mapping[str, float]], name: str, y_title: str) -> str:
-    """Test score of every layer, models side by side.
-
-    Args:
-        by_model: label -> layer name -> value; all models have the same layers.
-    """
-    layers = list(next(iter(by_model.values())))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
-        axes = figure.add_subplot()
-        width = 0.8 / len(by_model)
-        for i, (label, values) in enumerate(by_model.items()):
-            colour = COLOURS["student"] if i == 0 else COLOURS["untrained"]
-            axes.bar(
-                np.arange(len(layers)) + (i - (len(by_model) - 1) / 2) * width,
-                [values[layer] for layer in layers],
-                width * 0.92,
-                color=colour,
-                label=label,
-            )
-        axes.set_xticks(np.arange(len(layers)), [layer.replace("layer ", "").replace(" ", "\n") for layer in layers])
-        axes.tick_params(axis="x", length=0)
-        axes.set_ylabel(y_title)
-        axes.set_title(title, pad=20 if len(by_model) > 1 else 6)
-        if len(by_model) > 1:
-            axes.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 0.98), borderaxespad=0)
-        alt = f"{title}, per layer: " + "; ".join(
-            f"{label}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()) for label, values in by_model.items()
-        )
-        return to_svg(figure, name, alt)
-
-
 def curves(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float], str]], name: str) -> str:
     """Training curves.
 

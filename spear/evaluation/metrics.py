@@ -40,6 +40,13 @@ def cluster_interval(values: Floats, groups: Sequence[str], *, resamples: int, s
     return _percentiles(means, level)
 
 
+def ratio_interval(errors: Floats, sizes: Floats, *, resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of sum(errors) / sum(sizes) over items (M,) that are drawn whole, e.g. edit distances and lengths of utterances."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(errors), (resamples, len(errors)))
+    return _percentiles(errors[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), level)
+
+
 def error_rates(scores: Floats, targets: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """Miss and false-alarm rate at every threshold, from accepting all trials to accepting none.
 

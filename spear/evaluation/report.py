@@ -10,7 +10,8 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 
 from spear.evaluation.facts import RunFacts, gather
-from spear.evaluation.figures import both_worlds, codebook_bars, curves, example_figure, layer_bars, model_bars
+from spear.evaluation.figures import both_worlds, codebook_bars, curves, example_figure, model_bars
+from spear.evaluation.report_parts import confusion_figures, layer_figures, model_rows, of_section, robustness_figures, token_table
 from spear.evaluation.scoring import Scores
 from spear.files import write_text
 from spear.progress import clock
@@ -64,19 +65,35 @@ def comparison(runs: Sequence[RunFacts]) -> dict[str, Any] | None:
         for task, models in run.scores.items():
             if "student" in models:
                 merged.setdefault(task, {})[run.name] = {**models["student"], "label": run.name}
-    return score_table(merged) if merged else None
+    if not merged:
+        return None
+    tokens = token_table(merged)
+    return {**score_table(of_section(merged, "probes")), "tokens": tokens, "models": {run.name: cost_of_run(run) for run in runs}}
+
+
+def cost_of_run(run: RunFacts) -> dict[str, str]:
+    """Parameters of the student and the time of all stages, in words."""
+    size = next((f"{model['parameters'] / 1e6:.2f} M parameters" for model in run.models if model["kind"] == "student"), "")
+    total = sum(row["wall_s"] for row in run.costs)
+    return {"size": size, "time": clock(total + 0.5) if total else ""}
 
 
 def section(run: RunFacts, prefix: str) -> dict[str, Any]:
     """Everything the template shows of one run; figures are ready SVG."""
+    probes = of_section(run.scores, "probes")
     return {
         "id": prefix,
         "name": run.name,
-        "table": score_table(run.scores) if run.scores else None,
-        "summary": summary(run.scores),
-        "worlds": worlds_figure(run.scores, f"{prefix}-worlds"),
-        "tasks": [model_bars(task_title(task, models), models, f"{prefix}-task{i}") for i, (task, models) in enumerate(run.scores.items()) if models],
-        "layers": layer_figures(run.scores, prefix),
+        "table": score_table(probes) if probes else None,
+        "summary": summary(probes),
+        "worlds": worlds_figure(probes, f"{prefix}-worlds"),
+        "tasks": [model_bars(task_title(task, models), models, f"{prefix}-task{i}") for i, (task, models) in enumerate(probes.items())],
+        "layers": layer_figures(run.scores, run.analysis, prefix),
+        "tokens": token_table(run.scores),
+        "confusions": confusion_figures(probes, prefix),
+        "robustness": robustness_figures(run.analysis, prefix),
+        "clips": min((found["clips"] for found in run.analysis.values()), default=0),
+        "models": model_rows(run.models),
         "curves": curve_figures(run.metrics, prefix),
         "codebooks": codebook_rows(run.cards, prefix),
         "examples": [example_row(facts, arrays, f"{prefix}-example{i}") for i, (facts, arrays) in enumerate(run.examples)],
@@ -120,7 +137,8 @@ def cell(record: Mapping[str, Any] | None, best: float) -> dict[str, Any]:
         return {"value": "–", "detail": "not scored", "std": "", "best": False}
     low, high = record["ci"]
     detail = f"layer: {record['layer']}; 95 % interval {low:.3f} to {high:.3f}"
-    return {"value": f"{record['value']:.3f}", "std": f"± {record['std']:.3f}", "detail": detail, "best": round(record["value"], 3) == best}
+    std = "" if record.get("seeds") == 1 else f"± {record['std']:.3f}"
+    return {"value": f"{record['value']:.3f}", "std": std, "detail": detail, "best": round(record["value"], 3) == best}
 
 
 def summary(scores: Scores) -> list[str]:
@@ -165,29 +183,6 @@ def worlds_figure(scores: Scores, name: str) -> str | None:
         return None
     titles = [f"{task_title(task, scores[task])}: {next(iter(scores[task].values()))['metric']}" for task in (x_task, y_task)]
     return both_worlds(points, titles[0], titles[1], name)
-
-
-def layer_figures(scores: Scores, prefix: str) -> list[str]:
-    """Bars per layer of the student, beside the untrained student where it has the same layers."""
-    figures = []
-    for i, (task, models) in enumerate(scores.items()):
-        if "student" not in models:
-            continue
-        shown = {models["student"]["label"]: _test_values(models["student"])}
-        if "untrained" in models and set(models["untrained"]["by_layer"]) == set(models["student"]["by_layer"]):
-            shown[models["untrained"]["label"]] = _test_values(models["untrained"])
-        figures.append(layer_bars(task_title(task, models), shown, f"{prefix}-layers{i}", models["student"]["metric"]))
-    return figures
-
-
-def _test_values(record: Mapping[str, Any]) -> dict[str, float]:
-    """Test score per layer in the order of depth: numbers ascending, then output, then the weighted sum."""
-
-    def depth(name: str) -> tuple[int, int]:
-        number = name.rpartition(" ")[2]
-        return (0, int(number)) if number.isdigit() else (2 if name == "weighted sum" else 1, 0)
-
-    return {name: record["by_layer"][name]["test"] for name in sorted(record["by_layer"], key=depth)}
 
 
 def curve_figures(metrics: Sequence[Mapping[str, Any]], prefix: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +14,12 @@ import torch
 
 from spear.evaluation.collect import LoadAudio, Plan
 from spear.evaluation.embedders import Embedder
-from spear.files import read_json, write_json
+from spear.files import make_folder, read_json, write_json
 
 logger = logging.getLogger(__name__)
-PARTIAL = "partial"
+PARTIAL, SCRATCH = "partial", ".scratch-"
+SIZE = "model-size.json"
+SPEED = "speed"
 
 Scores = dict[str, dict[str, dict[str, Any]]]
 """task -> model -> {metric, value, std, ci, layer, by_layer, ...} (see `spear.evaluation.tasks.base.Score`)."""
@@ -26,6 +30,8 @@ class Model(NamedTuple):
 
     name: str
     make: Callable[[], Embedder]
+    codes: bool = False
+    """Whether it gives tokens themselves, which only some tasks judge."""
 
 
 def score_models(models: list[Model], plan: Plan, domains: Mapping[str, str], load: LoadAudio, folder: Path) -> Scores:
@@ -39,22 +45,38 @@ def score_models(models: list[Model], plan: Plan, domains: Mapping[str, str], lo
     """
     for leftover in (folder / PARTIAL).rglob(".*.tmp"):  # of a killed run
         leftover.unlink()
+    for unused in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(unused)
     for model in models:
-        missing = [task for task in plan.tasks if not _path(folder, model.name, task).exists()]
+        missing = [task for task in judged(plan, model) if not _path(folder, model.name, task).exists()]
         if not missing:
             continue
         embedder = model.make()
-        features = plan.embed(embedder, missing, load)
-        for task in missing:
-            with one_thread():
-                score = plan.tasks[task].score(features.pop(task), embedder.layer_names)
-            record = {**score.to_json(), "kind": embedder.kind, "label": embedder.label, "domain": domains[task]}
-            write_json(_path(folder, model.name, task), record)
-            logger.info("evaluate: %s on %s: %s %.4f (%s)", embedder.label, task, score.metric, score.value, score.layer)
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=make_folder(folder)) as scratch:
+            features = plan.embed(embedder, missing, load, Path(scratch))
+            for task in missing:
+                with one_thread():
+                    score = plan.tasks[task].score(features.pop(task), embedder.layer_names)
+                section = plan.tasks[task].section
+                record = {**score.to_json(), "kind": embedder.kind, "label": embedder.label, "domain": domains[task], "section": section}
+                write_json(_path(folder, model.name, task), record)
+                logger.info("evaluate: %s on %s: %s %.4f (%s)", embedder.label, task, score.metric, score.value, score.layer)
+        audio_s, wall_s = plan.heard[embedder.name]
+        write_json(folder / SPEED / f"{model.name}.json", {"audio_s": round(audio_s, 3), "wall_s": round(wall_s, 3)})
+        write_json(folder / PARTIAL / model.name / SIZE, {"label": embedder.label, "kind": embedder.kind, "parameters": embedder.num_parameters})
     return {
-        task: {model.name: {**read_json(_path(folder, model.name, task)), "order": [i, j]} for j, model in enumerate(models)}
+        task: {
+            model.name: {**read_json(_path(folder, model.name, task)), "order": [i, j]}
+            for j, model in enumerate(models)
+            if task in judged(plan, model)
+        }
         for i, task in enumerate(plan.tasks)
     }
+
+
+def judged(plan: Plan, model: Model) -> list[str]:
+    """Names of the tasks that judge a model."""
+    return [name for name, task in plan.tasks.items() if task.codes or not model.codes]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,16 +15,17 @@ from spear.config import to_json
 from spear.data.audio import load_audio
 from spear.data.corpora import CorpusConfig
 from spear.errors import ConfigError
+from spear.evaluation.analysis import choose_cuts, compare_layers, retrieval
 from spear.evaluation.collect import AudioCache, Plan
-from spear.evaluation.embedders import Embedder, Encoded, LogMel, TeacherFrames
+from spear.evaluation.embedders import Embedder, Encoded, LogMel, TeacherCodes, TeacherFrames
 from spear.evaluation.examples import Labeller, choose_example, make_example, write_examples
-from spear.evaluation.facts import keep_data_facts
+from spear.evaluation.facts import ANALYSIS, SIZES, keep_data_facts
 from spear.evaluation.report import write_report
-from spear.evaluation.scoring import Model, score_models
+from spear.evaluation.scoring import PARTIAL, SIZE, Model, score_models
 from spear.evaluation.tasks.base import SPLITS, Split, TaskConfig
 from spear.evaluation.tasks.frames import FramesConfig
 from spear.export import AudioEncoder, load_encoder
-from spear.files import seed_from, sha256, sha256_file, write_json
+from spear.files import read_json, seed_from, sha256, sha256_file, write_json
 from spear.models.base import StudentConfig
 from spear.models.masking import draw_masks
 from spear.quantizers import load_quantizer
@@ -57,10 +59,13 @@ def run(run: Run) -> None:
         evaluator = Evaluator(run)
         load = AudioCache(load_audio)
         plan = Plan.make(recipe.evaluation.build(recipe.seed, evaluator.device), read_cuts(run, corpora), recipe.evaluation.batch_s)
+        plan.memory_bytes = recipe.evaluation.memory_mb << 20
         models = evaluator.models()
         domains = {name: domain_of(found) for name, found in corpora.items()}
         scores = score_models(models, plan, domains, load, folder)
         write_json(folder / "scores.json", scores)
+        write_json(folder / ANALYSIS, evaluator.analysis(corpora, load))
+        write_json(folder / SIZES, model_sizes(models, folder))
         write_examples(folder, [evaluator.example(domain, cut, load) for domain, cut in example_cuts(run).items()])
         keep_data_facts(run.data, folder)
         cuts = [cut for split in SPLITS for batch in plan.batches[split] for cut in batch]
@@ -80,22 +85,40 @@ class Evaluator:
     def models(self) -> list[Model]:
         """Baselines first, then teachers, then students: the order of the report."""
         config = self.run.recipe.evaluation
-        found = [Model("logmel", LogMel)]
-        if config.context_frames:
-            found.append(Model(f"logmel_{config.context_frames}", functools.partial(LogMel, context=config.context_frames)))
-        for name in self.run.recipe.teachers:
-            found.append(Model(f"teacher_{name}", functools.partial(self.teacher_frames, name, rebuilt=False)))
-            if config.reconstruction:
-                found.append(Model(f"tokens_{name}", functools.partial(self.teacher_frames, name, rebuilt=True)))
+        found = self.baselines() if config.baselines else []
         if config.untrained:
             found.append(Model("untrained", self.untrained))
         found.append(Model("student", self.student))
         return found
 
+    def baselines(self) -> list[Model]:
+        """Log-mels and teachers."""
+        config = self.run.recipe.evaluation
+        found = [Model("logmel", LogMel)]
+        if config.context_frames:
+            found.append(Model(f"logmel_{config.context_frames}", functools.partial(LogMel, context=config.context_frames)))
+        for name in self.run.recipe.teachers:
+            found.append(Model(f"teacher_{name}", functools.partial(self.teacher_frames, name, rebuilt=False)))
+            if config.reconstruction and name in self.run.recipe.quantizers:
+                found.append(Model(f"tokens_{name}", functools.partial(self.teacher_frames, name, rebuilt=True)))
+            found.append(Model(f"codes_{name}", functools.partial(self.teacher_codes, name), codes=True))
+        return found
+
     def teacher_frames(self, name: str, *, rebuilt: bool) -> Embedder:
         """A teacher's frames, or those frames rebuilt from their tokens."""
+        if name not in self.run.recipe.quantizers:
+            beside = self.run.recipe.teachers[name].build(self.run.data).to(self.device)
+            return TeacherFrames(name, beside, _Remembering(beside, self.device), quantizer=None)
         teacher, take, quantizer = self.labeller(name)
-        return TeacherFrames(name, teacher, take, quantizer=quantizer if rebuilt else None)
+        embedder = TeacherFrames(name, teacher, take, quantizer=quantizer if rebuilt else None)
+        embedder.num_parameters = parameters_of(teacher)
+        return embedder
+
+    def teacher_codes(self, name: str) -> Embedder:
+        """A teacher's tokens."""
+        found = self.labeller(name)
+        loaded = load_quantizer(self.run.data / "quantizers" / name)
+        return TeacherCodes(name, found.teacher, found.extract, found.quantizer, loaded.num_codebooks, loaded.codebook_size)
 
     @functools.cache  # noqa: B019 - lives as long as the stage
     def labeller(self, name: str) -> Labeller:
@@ -112,6 +135,24 @@ class Evaluator:
     def untrained(self) -> Embedder:
         """The student's network with seeded fresh weights."""
         return _encoded("untrained", build_untrained(self.run.recipe.student, self.run.recipe.seed).to(self.device))
+
+    def analysis(self, corpora: dict[str, list[CorpusConfig]], load: AudioCache) -> dict[str, Any]:
+        """Similarity of student and teachers, and retrieval of changed clips: domain -> see `spear.evaluation.analysis`."""
+        config, seed = self.run.recipe.evaluation, self.run.recipe.seed
+        if config.analysis_cuts == 0:
+            return {}
+        student = self.student()
+        teachers = {name: self.teacher_frames(name, rebuilt=False) for name in self.run.recipe.teachers}
+        found = {}
+        for domain in sorted({corpus.domain for known in corpora.values() for corpus in known}):
+            names = sorted({corpus.name for known in corpora.values() for corpus in known if corpus.domain == domain})
+            paths = [find_manifest(self.run.data, name, "test") for name in names]
+            cuts = choose_cuts([cut for path in paths for cut in CutSet.from_jsonl_lazy(path)], config.analysis_cuts, seed)
+            about = compare_layers(student, teachers, cuts, load, config.batch_s)
+            models = [LogMel(), *teachers.values(), student]
+            recall = {model.label: {"kind": model.kind, **retrieval(model, cuts, load, config.batch_s, seed)} for model in models}
+            found[domain] = {**about, "retrieval": recall, "clips": len(cuts), "models": [model.label for model in models]}
+        return found
 
     def example(self, domain: str, cut: Any, load: AudioCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """One example for the report, with the teachers that label its domain."""
@@ -169,7 +210,7 @@ def _encoded(kind: Literal["student", "untrained"], encoder: AudioEncoder) -> En
         output: EncoderOutput = encoder(audio.to(device), lens.to(device))
         return output
 
-    return Encoded(
+    embedder = Encoded(
         kind,
         forward,
         num_layers=encoder.num_layers,
@@ -177,6 +218,13 @@ def _encoded(kind: Literal["student", "untrained"], encoder: AudioEncoder) -> En
         first_frame_s=encoder.first_frame_s,
         sample_rate=encoder.sample_rate,
     )
+    embedder.num_parameters = parameters_of(encoder)
+    return embedder
+
+
+def parameters_of(model: object) -> int:
+    """Number of trained values of a model."""
+    return sum(p.numel() for p in model.parameters()) if isinstance(model, torch.nn.Module) else 0
 
 
 def build_untrained(config: StudentConfig, seed: int) -> AudioEncoder:
@@ -184,6 +232,12 @@ def build_untrained(config: StudentConfig, seed: int) -> AudioEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_from(seed, "untrained"))
         return AudioEncoder(config.build(), config).eval()
+
+
+def model_sizes(models: list[Model], folder: Path) -> list[dict[str, Any]]:
+    """Label, kind and number of parameters of every model that was scored, in the order of the report."""
+    paths = [folder / PARTIAL / model.name / SIZE for model in models]
+    return [{"name": model.name, **read_json(path)} for model, path in zip(models, paths) if path.exists()]
 
 
 def corpora_of(name: str, config: TaskConfig, corpora: list[CorpusConfig]) -> list[CorpusConfig]:
@@ -253,6 +307,6 @@ def inputs_of(run: Run, corpora: dict[str, list[CorpusConfig]]) -> dict[str, str
     for corpus in {corpus.name: corpus for found in corpora.values() for corpus in found}.values():
         for split in SPLITS:
             inputs[f"manifests/{corpus.name}/{split}"] = sha256_file(find_manifest(run.data, corpus.name, split))
-    for name in run.recipe.teachers:
+    for name in run.recipe.quantizers:
         inputs[f"quantizers/{name}"] = fingerprint_of(run.data / "quantizers" / name)
     return inputs

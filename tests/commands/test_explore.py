@@ -13,6 +13,8 @@ from spear.cli import main
 from spear.commands.explore import read_clip
 from spear.export import save_encoder
 from spear.export.long_audio import AudioFile
+from spear.files import make_folder, write_json
+from spear.quantizers.kmeans import KMeans
 from tests.export.tiny import tiny_encoder, tone
 
 
@@ -83,3 +85,22 @@ def test_explore_exits_1_when_there_is_too_little_audio(tmp_path: Path, export: 
     assert "must hold at least two audio files" in capsys.readouterr().err
     assert main(["explore", str(export), str(tmp_path / "nothing")]) == 1
     assert "nothing is not a folder" in capsys.readouterr().err
+
+
+def test_explore_shows_the_tokens_of_a_teacher(tmp_path: Path, export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / "audio" / f"{name}.wav", 8000, 440)
+    recipe = {
+        "teachers": {"mel": {"type": "logmel", "num_mel_bins": 16, "stack": 2}},
+        "quantizers": {"mel": {"type": "kmeans", "codebook_size": 8}},
+        "objective": {"type": "masked_prediction", "weights": {"speech": {"mel": 1.0}}},
+        "student": {"type": "zipformer"},
+    }
+    write_json(tmp_path / "recipe.yaml", recipe)  # JSON is YAML
+    KMeans(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)) - 8).save(make_folder(tmp_path / "quantizer"))
+    options = ["--recipe", str(tmp_path / "recipe.yaml"), "--teacher", "mel", "--quantizer", str(tmp_path / "quantizer")]
+    assert main(["explore", str(export), str(tmp_path / "audio"), "--out", str(tmp_path / "page.html"), *options]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('"tokens": "data:image/png') == 2
+    assert main(["explore", str(export), str(tmp_path / "audio"), "--quantizer", str(tmp_path / "quantizer")]) == 1
+    assert "name the teacher by `--teacher-dir`, or by `--recipe` and `--teacher`" in capsys.readouterr().err

@@ -50,13 +50,48 @@ def record(value: float, kind: str, label: str, domain: str, *, metric: str = "a
 def synthetic_scores() -> dict[str, dict[str, dict[str, object]]]:
     """Three tasks over eight models."""
     tasks = {"phones": (PHONES, "speech", "accuracy"), "events": (EVENTS, "audio", "accuracy"), "speakers": (SPEAKERS, "speech", "EER")}
-    return {
+    found: dict[str, dict[str, dict[str, object]]] = {
         task: {
             name: {**record(value, kind, label, domain, metric=metric, layers=5 if kind in {"student", "untrained"} else 1), "order": [i, j]}
             for j, ((name, kind, label), value) in enumerate(zip(MODELS, values))
         }
         for i, (task, (values, domain, metric)) in enumerate(tasks.items())
     }
+    counts = [[30 if i == j else 2 * (j == (i + 1) % 4) for j in range(4)] for i in range(4)]
+    confusion = {"classes": list("abcd"), "rows": [" ".join(map(str, row)) for row in counts]}
+    for task in ("phones", "events"):
+        found[task]["student"]["confusion"] = confusion
+    return {**found, **token_scores()}
+
+
+def token_scores() -> dict[str, dict[str, dict[str, object]]]:
+    """Units and ABX of a teacher's tokens and of the student."""
+    models = [("codes_speech", "codes", "speech tokens", 0.49, 0.12), ("student", "student", "student", 0.61, 0.06)]
+    usage = {"phone_purity": 0.55, "bits_per_s": 301.0, "dedup_bits_per_s": 120.0}
+    units, abx = {}, {}
+    for j, (name, kind, label, pnmi, error) in enumerate(models):
+        layers = 5 if kind == "student" else 1
+        about = {"section": "tokens", **usage}
+        units[name] = {**record(pnmi, kind, label, "speech", metric="PNMI", layers=layers), **about, "order": [3, j]}
+        errors = {"across": error, "within": error / 2, "higher_is_better": False, "seeds": 1}
+        abx[name] = {**record(error, kind, label, "speech", metric="ABX across", layers=layers), **about, **errors, "order": [4, j]}
+    return {"units": units, "abx": abx}
+
+
+def synthetic_analysis() -> dict[str, object]:
+    """What `spear.evaluation.analysis` finds, for two domains."""
+    layers = [*(f"layer {i + 1}" for i in range(4)), "output"]
+    curve = {"noise": {"20": 1.0, "10": 0.9, "0": 0.6, "-10": 0.2}, "speed": {"0.8": 0.7, "0.9": 0.9, "1.1": 0.9, "1.25": 0.6}}
+    labels = [("log-mel", "logmel"), ("teacher speech", "teacher"), ("teacher audio", "teacher"), ("student", "student")]
+    about = {
+        "cka": {name: {layer: 0.3 + 0.1 * i for i, layer in enumerate(layers)} for name in ("speech", "audio")},
+        "effective_rank": {layer: 10.0 + i for i, layer in enumerate(layers)},
+        "width": dict.fromkeys(layers, 128),
+        "retrieval": {label: {"kind": kind, **curve} for label, kind in labels},
+        "clips": 30,
+        "models": [label for label, _ in labels],
+    }
+    return {"speech": about, "audio": about}
 
 
 def synthetic_run(exp: Path, *, light: bool = False) -> Path:
@@ -64,6 +99,10 @@ def synthetic_run(exp: Path, *, light: bool = False) -> Path:
     evaluate = make_folder(exp / "evaluate")
     scores = synthetic_scores()
     write_json(evaluate / "scores.json", {"phones": scores["phones"]} if light else scores)
+    if not light:
+        write_json(evaluate / "analysis.json", synthetic_analysis())
+        write_json(evaluate / "models.json", [{"name": "student", "label": "student", "kind": "student", "parameters": 1_600_000}])
+        write_json(evaluate / "speed" / "student.json", {"audio_s": 900.0, "wall_s": 6.0})
     (exp / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in _metrics()))
     usage = {"active_entries": [256, 251, 248, 256], "perplexity": [211.0, 190.5, 201.0, 188.0], "codebook_size": 256}
     write_json(

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from spear.errors import ConfigError
-from spear.evaluation.explore import Clip, nearest, project, render, sound_seconds, spectrogram_uri, wave_uri
+from spear.evaluation.explore import Clip, Tokens, nearest, project, render, sound_seconds, spectrogram_uri, tokens_uri, wave_uri
 
 
 def blobs(count: int = 12) -> np.ndarray:
@@ -114,3 +115,14 @@ def test_page_joins_the_smallest_groups() -> None:
     assert len(data["groups"]) == 12
     assert data["groups"][-1] == "others"
     assert [clip["group"] for clip in data["clips"]][-3:] == [11, 11, 11]
+
+
+def test_tokens_uri_draws_a_row_per_codebook_and_leaves_the_rest_clear() -> None:
+    codes = np.array([[3, 5], [3, 6], [23, 7]])  # 3 and 23 share a colour: 20 there are
+    uri = tokens_uri(Tokens(codes, 50.0, 0.025), 0.12)
+    image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    levels = np.array(image)
+    assert image.size == (6, 2)
+    assert levels[0].tolist() == [20, *[(3 * 37 + 11) % 20] * 3, 20, 20]
+    assert levels[1, 1:4].tolist() == [(x * 37 + 11) % 20 for x in (5, 6, 7)]
+    assert image.info["transparency"] == 20

@@ -12,7 +12,9 @@ from lhotse import MonoCut
 from spear.errors import ArtifactError
 from spear.evaluation.examples import choose_example, spans
 from spear.evaluation.facts import cost_of, gather, read_lines
+from spear.evaluation.pictures import Confusion, LayerRow, layer_map
 from spear.evaluation.report import run_names, score_table, summary, thin, write_report
+from spear.evaluation.report_parts import depth, of_section, token_table
 from spear.files import write_json
 from tests.evaluation.cuts import make_cut
 from tests.evaluation.synthetic import synthetic_run, synthetic_scores
@@ -81,20 +83,24 @@ def test_report_shows_every_part_with_alternative_texts(page: str) -> None:
     parsed = Page(page)
     for question in (
         "Does it hear both worlds?",
-        "Where in the encoder is it?",
+        "Which layer to use?",
+        "What do tokens look like?",
+        "Where is it confused?",
+        "How robust is it?",
         "How did training go?",
         "Are the codebooks in use?",
         "What did it cost?",
     ):
         assert question in page
-    # the map, 3 tasks, 3 x layers, loss and accuracy, 2 codebooks, 2 examples
-    assert parsed.tags.count("svg") == len(parsed.labels) == 1 + 3 + 3 + 2 + 2 + 2
+    # the map, 3 tasks, layers and 2 x likeness, 2 examples, 2 confusions, 2 x robustness, loss and accuracy, 2 codebooks
+    assert parsed.tags.count("svg") == len(parsed.labels) == 1 + 3 + 3 + 2 + 2 + 2 + 2 + 2
     assert all(len(label) > 20 for label in parsed.labels)
     assert "prefers-color-scheme: dark" in page
     assert 'name="viewport"' in page
     assert "#010203" not in page
     # (256 + 251 + 248 + 256) of 4 * 256 entries
     assert "<dt>entries in use</dt><dd>98.7%</dd>" in page
+    assert "<td>1.60 M</td><td>150 ×</td>" in page
     assert "1.82 GiB" not in page
     assert "1.78 GiB" in page  # 1822 MiB of the pretrain stage
 
@@ -105,10 +111,19 @@ def test_report_is_the_same_each_time(full: Path, tmp_path: Path, page: str) -> 
 
 @pytest.mark.parametrize(
     "missing",
-    ["evaluate/scores.json", "metrics.jsonl", "evaluate/cards.json", "evaluate/costs.json", "evaluate/examples.json", "export/artifact.json"],
+    [
+        "evaluate/scores.json",
+        "evaluate/analysis.json",
+        "evaluate/models.json",
+        "metrics.jsonl",
+        "evaluate/cards.json",
+        "evaluate/costs.json",
+        "evaluate/examples.json",
+        "export/artifact.json",
+    ],
 )
 def test_report_renders_without_a_part(tmp_path: Path, missing: str) -> None:
-    exp = synthetic_run(tmp_path / "run", light=True)
+    exp = synthetic_run(tmp_path / "run", light=not missing.endswith(("analysis.json", "models.json")))
     (exp / missing).unlink()
     assert "<h1>run</h1>" in write_report([exp]).read_text()
 
@@ -144,7 +159,7 @@ def test_report_raises_artifact_error_when_the_run_is_missing(tmp_path: Path) ->
 
 
 def test_score_table_marks_the_best_of_each_column() -> None:
-    table = score_table(synthetic_scores())
+    table = score_table(of_section(synthetic_scores(), "probes"))
     best = {column["task"]: [row["label"] for row in table["rows"] if row["cells"][i]["best"]] for i, column in enumerate(table["columns"])}
     # the lowest error rate is the best
     assert best == {"phones": ["teacher speech"], "events": ["student"], "speakers": ["student"]}
@@ -153,7 +168,7 @@ def test_score_table_marks_the_best_of_each_column() -> None:
 def test_score_table_leaves_unscored_cells_open() -> None:
     scores = synthetic_scores()
     del scores["events"]["untrained"]
-    rows = {row["label"]: row for row in score_table(scores)["rows"]}
+    rows = {row["label"]: row for row in score_table(of_section(scores, "probes"))["rows"]}
     assert [cell["value"] for cell in rows["untrained student"]["cells"]] == ["0.372", "–", "0.300"]
 
 
@@ -197,3 +212,34 @@ def test_gather_leaves_unfinished_stages_out_of_the_costs(full: Path) -> None:
 def test_choose_example_prefers_labelled_cuts_near_three_seconds() -> None:
     bare = MonoCut(id="bare", start=0, duration=3.0, channel=0, supervisions=[])
     assert choose_example([bare, make_cut("b", duration=2.5), make_cut("a", duration=2.5), make_cut("c", duration=9.0)]).id == "a"
+
+
+def test_token_table_marks_the_best_and_writes_errors_in_percent() -> None:
+    table = token_table(synthetic_scores())
+    assert table is not None
+    assert [column["title"] for column in table["columns"]][:2] == ["PNMI", "phone purity"]
+    rows = {row["label"]: [(cell["value"], cell["best"]) for cell in row["cells"]] for row in table["rows"]}
+    assert rows["student"][0] == ("0.610", True)
+    assert rows["speech tokens"][4] == ("12.0%", False)
+    assert rows["student"][4] == ("6.0%", True)
+    assert rows["student"][2] == ("301", False)  # more or fewer bits are neither better nor worse
+    assert token_table(of_section(synthetic_scores(), "probes")) is None
+
+
+def test_layer_map_frames_the_lowest_of_an_error_rate() -> None:
+    rows = [LayerRow("abx", [0.3, 0.1, None], False), LayerRow("phones", [0.2, 0.5, 0.6], True)]
+    svg = layer_map("Layers", ["layer 1", "layer 2", "output"], rows, "x")
+    assert 'aria-label="Layers: abx is best at layer 2 with 0.100; phones is best at output with 0.600"' in svg
+    assert ">.100<" in svg
+
+
+def test_confusion_names_the_pairs_that_are_confused_most() -> None:
+    found = Confusion.of({"confusion": {"classes": ["a", "b", "c"], "rows": ["8 2 0", "5 5 0", "0 0 0"]}})
+    assert found is not None
+    assert found.worst() == ["b as a (50%)", "a as b (20%)"]
+    assert found.shares()[2].tolist() == [0, 0, 0]
+    assert Confusion.of({}) is None
+
+
+def test_depth_puts_layers_before_the_output_and_the_weighted_sum_last() -> None:
+    assert sorted(["weighted sum", "layer 10", "output", "layer 2"], key=depth) == ["layer 2", "layer 10", "output", "weighted sum"]

@@ -197,7 +197,7 @@ def test_verification_score_centres_on_train_and_chooses_the_layer_on_valid() ->
     assert score.value < 0.02
     assert score.by_layer["noise"]["test"] == pytest.approx(0.5, abs=0.12)
     assert not score.higher_is_better
-    assert 0 <= score.details["min_dcf"] <= 0.2
+    assert 0 <= score.details["min_dcf"]["0.05"] <= score.details["min_dcf"]["0.01"] <= 0.2
 
 
 def test_verification_raises_data_error_when_no_speaker_is_held_out() -> None:
@@ -227,7 +227,7 @@ def test_features_join_orders_by_cut_id() -> None:
         (lambda: EvaluationConfig(tasks={"a/b": FramesConfig()}), "`tasks` names must be letters"),
         (lambda: FramesConfig(tier=""), "`tier` must name an alignment tier"),
         (lambda: UtterancesConfig(separator=""), "`separator` must be null or at least one character"),
-        (lambda: VerificationConfig(p_target=1.0), "`p_target` must be between 0 and 1, but is 1.0"),
+        (lambda: VerificationConfig(p_targets=[0.1, 1.0]), "`p_targets` must be at least one number, each between 0 and 1, but is \\[0.1, 1.0\\]"),
         (lambda: SegmentsConfig(max_cuts=0), "`max_cuts` must be at least 1 or null, but is 0"),
     ],
 )

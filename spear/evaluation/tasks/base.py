@@ -30,12 +30,15 @@ class Rows(NamedTuple):
 class Features:
     """Items of one split for one model.
 
-    labels: M words; groups: M cut ids; layers: one (M, D_l) float32 array per layer.
+    labels: M words; groups: M cut ids; layers: one (M, D_l) float32 array per layer, some of them mapped from files.
+    frame_rate_hz: of the model, 0 where it does not matter. codebook_size: K where the layers hold codes, 0 for features.
     """
 
     labels: list[str]
     groups: list[str]
     layers: list[Array]
+    frame_rate_hz: float = 0.0
+    codebook_size: int = 0
 
     @classmethod
     def join(cls, parts: Mapping[str, Rows]) -> Features:
@@ -51,6 +54,15 @@ class Features:
         groups = [cut_id for cut_id in ids for _ in parts[cut_id].labels]
         count = len(parts[ids[0]].layers)
         return cls(labels, groups, [np.concatenate([parts[cut_id].layers[i] for cut_id in ids]) for i in range(count)])
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the layers hold codes (whole numbers)."""
+        return self.codebook_size > 0
+
+    def numbers(self) -> NDArray[np.int64]:
+        """(M,) number of each item's cut, in the order of the ids."""
+        return np.unique(np.asarray(self.groups), return_inverse=True)[1].astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +117,14 @@ class TaskConfig(Registry):
     """Settings of a task; the table of tasks."""
 
     TABLE: ClassVar[dict[str, str]] = {
+        "abx": "spear.evaluation.tasks.abx:AbxConfig",
+        "ctc": "spear.evaluation.tasks.ctc:CtcConfig",
         "frames": "spear.evaluation.tasks.frames:FramesConfig",
+        "leakage": "spear.evaluation.tasks.leakage:LeakageConfig",
+        "profiling": "spear.evaluation.tasks.profiling:ProfilingConfig",
         "segments": "spear.evaluation.tasks.segments:SegmentsConfig",
+        "speaker_count": "spear.evaluation.tasks.speaker_count:SpeakerCountConfig",
+        "units": "spear.evaluation.tasks.units:UnitsConfig",
         "utterances": "spear.evaluation.tasks.utterances:UtterancesConfig",
         "verification": "spear.evaluation.tasks.verification:VerificationConfig",
     }
@@ -127,7 +145,15 @@ class TaskConfig(Registry):
 
 
 class Task(abc.ABC):
-    """Picks items out of cuts and scores a model on them."""
+    """Picks items out of cuts and scores a model on them.
+
+    Attributes: splits it reads; section of the report that shows it, ``probes`` or ``tokens``; codes: whether it also judges tokens
+    themselves, whose "layers" are codebooks.
+    """
+
+    splits: ClassVar[tuple[Split, ...]] = SPLITS
+    section: ClassVar[str] = "probes"
+    codes: ClassVar[bool] = False
 
     def __init__(self, name: str, config: TaskConfig, settings: Settings) -> None:
         self.name, self.config, self.settings = name, config, settings
@@ -155,7 +181,7 @@ class Task(abc.ABC):
             DataError: a split has no labelled cut.
         """
         chosen: dict[Split, list[Any]] = {}
-        for split in SPLITS:
+        for split in self.splits:
             found = [cut for cut in cuts.get(split, ()) if self.wants(cut)]
             if not found:
                 raise DataError(f"task `{self.name}` finds no labelled cut in the {split} split ({self.needs()})")
@@ -167,6 +193,16 @@ class Task(abc.ABC):
     def needs(self) -> str:
         """The label the task reads, in words."""
         return "it needs supervisions"
+
+    def first_seconds(self, cuts: Sequence[Any], limit_s: float) -> list[Any]:
+        """Cuts in the order of a hash of their ids, as many as fit into `limit_s` seconds together, at least one."""
+        chosen: list[Any] = []
+        for cut in sorted(cuts, key=lambda cut: seed_from(self.settings.seed, "cuts", self.name, cut.id)):
+            limit_s -= cut.duration
+            if chosen and limit_s < 0:
+                break
+            chosen.append(cut)
+        return chosen
 
     def prepare(self, cuts: Mapping[Split, Sequence[Any]]) -> None:
         """Called once with the selected cuts before any embedding; tasks that thin out their items count them here."""

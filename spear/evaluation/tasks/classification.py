@@ -3,61 +3,100 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 from spear.errors import DataError
+from spear.evaluation.heads import HEADS, Head, HeadName, Scorer
 from spear.evaluation.metrics import accuracy, cluster_interval, mean_average_precision
-from spear.evaluation.probe import Probe, ProbeRun, fit_probe, stack_layers, standardise
-from spear.evaluation.tasks.base import Features, Score, Settings, Split, Task
+from spear.evaluation.probe import LayerStack, Probe, ProbeRun, scale_of, standardise
+from spear.evaluation.tasks.base import SPLITS, Features, Score, Settings, Split, Task
 
 logger = logging.getLogger(__name__)
 WEIGHTED_SUM = "weighted sum"
+SMALL = 64 << 20
+"""Values of a stack of layers that are held at once."""
+MOST_CONFUSED = 64
+"""Classes up to which the counts of confusions are kept."""
 
 
 class Classification(Task):
-    """A task of predicting one label per item, or with `separator` several, by a linear probe."""
+    """A task of predicting one label per item, or with `separator` several, by a probe of one kind."""
 
     separator: str | None = None
+    head: HeadName = "linear"
 
     def score(self, features: Mapping[Split, Features], layer_names: Sequence[str]) -> Score:
         """See `Task`; learning rate and weight decay are chosen per layer on valid with the first seed, then the layer, then all seeds run."""
         labels = LabelSet(self.name, features, self.separator)
         device = torch.device(self.settings.device)
-        inputs = {name: [x[None] for x in splits] for name, splits in _standardised(features, layer_names, device).items()}
-        targets = [labels.encode(features[split]).to(device) for split in ("train", "valid", "test")]
-        trained: dict[str, tuple[ProbeRun, float, Probe]] = {}
-        for name, (train, valid, _) in inputs.items():
-            trained[name] = _best(labels, train, valid, targets, _grid(self.settings))
-        if len(inputs) > 1:
-            best_single = max(trained, key=lambda name: trained[name][1])
-            joined = [stack_layers([splits[i][0] for splits in inputs.values()]) for i in range(3)]
-            inputs[WEIGHTED_SUM] = joined
-            trained[WEIGHTED_SUM] = _best(labels, joined[0], joined[1], targets, [trained[best_single][0]])
-        by_layer = {name: {"valid": found[1], "test": labels.measure(found[2](inputs[name][2]), targets[2])} for name, found in trained.items()}
-        chosen = max(trained, key=lambda name: trained[name][1])
-        run, _, probe = trained[chosen]
-        train, _, test = inputs[chosen]
-        others = [fit_probe(train, targets[0], len(labels.names), replace(run, seed=seed)) for seed in self.settings.seeds[1:]]
-        values = [by_layer[chosen]["test"], *(labels.measure(other(test), targets[2]) for other in others)]
-        details: dict[str, Any] = {
-            "items": len(features["test"].labels),
-            "classes": len(labels.names),
-            "chance": round(labels.chance, 6),
-            "learning_rate": run.learning_rate,
-            "weight_decay": run.weight_decay,
-        }
-        if chosen == WEIGHTED_SUM:
-            details["layer_weights"] = {name: round(x, 6) for name, x in zip(layer_names, probe.layer_logits.softmax(0).tolist())}
-        interval = labels.interval(probe(test), targets[2], features["test"].groups, self.settings)
+        targets = [labels.encode(features[split]).to(device) for split in SPLITS]
+        inputs, head = Inputs(features, layer_names, device), HEADS[self.head]
+        best: dict[str, tuple[ProbeRun, float]] = {}
+        by_layer: dict[str, dict[str, float]] = {}
+        kept: list[Scorer] = []
+
+        def judge(name: str, runs: Sequence[ProbeRun]) -> None:
+            train, valid, test = inputs[name]
+            run, value, probe = _best(labels, head, train, valid, targets, runs)
+            if value > max((found for _, found in best.values()), default=-1.0):
+                kept[:] = [probe]
+            best[name] = run, value
+            by_layer[name] = {"valid": value, "test": labels.measure(probe(test), targets[2])}
+
+        for name in layer_names:
+            judge(name, head.grid(self.settings))
+        if len(layer_names) > 1 and head.sums_layers:
+            judge(WEIGHTED_SUM, [best[max(best, key=lambda name: best[name][1])][0]])
+        chosen = max(best, key=lambda name: best[name][1])
+        run, (train, _, test) = best[chosen][0], inputs[chosen]
+        seeds = self.settings.seeds if head.seeded else self.settings.seeds[:1]
+        probes = [*kept, *(head.fit(train, targets[0], len(labels.names), replace(run, seed=seed)) for seed in seeds[1:])]
+        scores = probes[0](test)
+        values = [by_layer[chosen]["test"], *(labels.measure(other(test), targets[2]) for other in probes[1:])]
+        details: dict[str, Any] = {"items": len(features["test"].labels), "classes": len(labels.names), "chance": round(labels.chance, 6)}
+        details |= {"head": self.head, **head.chosen(run), **seed_spread(values), **labels.confusion(scores, targets[2])}
+        if isinstance(probes[0], Probe) and chosen == WEIGHTED_SUM:
+            details["layer_weights"] = {name: round(x, 6) for name, x in zip(layer_names, probes[0].layer_logits.softmax(0).tolist())}
+        interval = labels.interval(scores, targets[2], features["test"].groups, self.settings)
         return Score(labels.metric, True, float(np.mean(values)), float(np.std(values)), interval, chosen, by_layer, details)
+
+
+class Inputs:
+    """Standardised features (L, M, D) of the three splits, one layer of them at a time, or all as a stack.
+
+    Args:
+        features: split -> items. names: of the layers. device: of what is handed out.
+    """
+
+    def __init__(self, features: Mapping[Split, Features], names: Sequence[str], device: torch.device) -> None:
+        self._features, self._names, self._device = features, list(names), device
+
+    def __getitem__(self, name: str) -> list[Tensor | LayerStack]:
+        """Train, valid and test of a layer, or of the weighted sum: tensors where they are small, else rows are made as they are used."""
+        if name != WEIGHTED_SUM:
+            place = self._names.index(name)
+            arrays = [torch.from_numpy(np.array(self._features[split].layers[place])).to(self._device) for split in SPLITS]
+            return [x[None] for x in standardise(arrays[0], arrays[1:])]
+        scales = [scale_of(torch.from_numpy(np.array(x)).to(self._device)) for x in self._features["train"].layers]
+        stacks = [LayerStack(self._features[split].layers, scales, self._device) for split in SPLITS]
+        return [stack.rows(slice(None)) if math.prod(stack.shape) <= SMALL else stack for stack in stacks]
+
+
+def seed_spread(values: Sequence[float]) -> dict[str, Any]:
+    """``seed_values``, and ``seed_half_width``: half of the 95 % interval of their mean by Student's t where there are several."""
+    found: dict[str, Any] = {"seed_values": [round(value, 6) for value in values]}
+    if len(values) > 1:
+        half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+        found["seed_half_width"] = round(float(half), 6)
+    return found
 
 
 class LabelSet:
@@ -114,6 +153,15 @@ class LabelSet:
         low, high = np.quantile(found, [0.025, 0.975])
         return float(low), float(high)
 
+    def confusion(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Counts of every (class, answer) where there are at most MOST_CONFUSED classes: ``{"confusion": {classes, rows}}``, a row as text."""
+        count = len(self.names)
+        if self.separator is not None or count > MOST_CONFUSED:
+            return {}
+        known = targets >= 0
+        cells = torch.bincount(targets[known] * count + scores.argmax(1)[known], minlength=count * count).reshape(count, count)
+        return {"confusion": {"classes": self.names, "rows": [" ".join(str(x) for x in row) for row in cells.tolist()]}}
+
     def _chance(self, features: Mapping[Split, Features]) -> float:
         """Score of the answer that never looks: the commonest train class, or each class's share."""
         train, test = (self.encode(features[split]) for split in ("train", "test"))
@@ -123,26 +171,12 @@ class LabelSet:
         return float(test[:, test.any(0)].mean())
 
 
-def _standardised(features: Mapping[Split, Features], names: Sequence[str], device: torch.device) -> dict[str, list[Tensor]]:
-    splits: list[list[NDArray[np.float32]]] = [features[split].layers for split in ("train", "valid", "test")]
-    found = {}
-    for name, arrays in zip(names, zip(*splits)):
-        train, *others = (torch.from_numpy(x).to(device) for x in arrays)
-        found[name] = standardise(train, others)
-    return found
-
-
-def _grid(settings: Settings) -> list[ProbeRun]:
-    return [
-        ProbeRun(rate, decay, settings.seeds[0], settings.steps, settings.batch_size)
-        for rate, decay in product(settings.learning_rates, settings.weight_decays)
-    ]
-
-
-def _best(labels: LabelSet, train: Tensor, valid: Tensor, targets: Sequence[Tensor], runs: Sequence[ProbeRun]) -> tuple[ProbeRun, float, Probe]:
+def _best(
+    labels: LabelSet, head: Head, train: Tensor | LayerStack, valid: Tensor | LayerStack, targets: Sequence[Tensor], runs: Sequence[ProbeRun]
+) -> tuple[ProbeRun, float, Scorer]:
     """The run with the best valid score; the first of equals."""
     found = []
     for run in runs:
-        probe = fit_probe(train, targets[0], len(labels.names), run)
+        probe = head.fit(train, targets[0], len(labels.names), run)
         found.append((run, labels.measure(probe(valid), targets[1]), probe))
     return max(found, key=lambda item: item[1])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.errors import ConfigError
+from spear.evaluation.heads import HeadName
 from spear.evaluation.tasks.base import Array, Rows, Settings, Split, Task, TaskConfig, alignment_of
 from spear.evaluation.tasks.classification import Classification
 from spear.files import seed_from
@@ -21,6 +22,8 @@ class FramesConfig(TaskConfig):
 
     tier: str = "phone"
     """Name of the alignment tier."""
+    head: HeadName = "linear"
+    """The probe: ``linear``, ``mlp`` (one hidden layer) or ``knn`` (nearest neighbours, no training)."""
 
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
@@ -40,6 +43,7 @@ class FrameClassification(Classification):
     def __init__(self, name: str, config: FramesConfig, settings: Settings) -> None:
         super().__init__(name, config, settings)
         self._labelled_s: dict[Split, float] = {}
+        self.head = config.head
 
     def wants(self, cut: Any) -> bool:
         """See `Task`."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.errors import ConfigError
+from spear.evaluation.heads import HeadName
 from spear.evaluation.tasks.base import Array, Rows, Settings, Split, Task, TaskConfig
 from spear.evaluation.tasks.classification import Classification
 
@@ -19,9 +20,11 @@ class UtterancesConfig(TaskConfig):
     """Classify whole cuts."""
 
     label: str = "label"
-    """`speaker`, `text` or `language` of the supervision, else the key of its custom fields."""
+    """`speaker`, `gender`, `text` or `language` of the supervision, else the key of its custom fields."""
     pooling: Literal["mean", "mean_std"] = "mean"
     """Mean over frames, or mean and standard deviation side by side."""
+    head: HeadName = "linear"
+    """The probe: ``linear``, ``mlp`` (one hidden layer) or ``knn`` (nearest neighbours, no training)."""
     separator: str | None = None
     """Where labels join several classes, what stands between them; the score is then mean average precision."""
 
@@ -31,6 +34,8 @@ class UtterancesConfig(TaskConfig):
             raise ConfigError("`label` must name a field of the supervision, but is empty")
         if self.separator == "":
             raise ConfigError("`separator` must be null or at least one character, but is empty")
+        if self.separator is not None and self.head == "knn":
+            raise ConfigError("`head` must be linear or mlp where a `separator` gives items several labels, but is knn")
 
     def build(self, name: str, settings: Settings) -> Task:
         """See `TaskConfig`."""
@@ -44,7 +49,7 @@ class UtteranceClassification(Classification):
 
     def __init__(self, name: str, config: UtterancesConfig, settings: Settings) -> None:
         super().__init__(name, config, settings)
-        self.separator = config.separator
+        self.separator, self.head = config.separator, config.head
 
     def wants(self, cut: Any) -> bool:
         """See `Task`."""
@@ -63,7 +68,7 @@ class UtteranceClassification(Classification):
 def label_of(cut: Any, field: str) -> str | None:
     """The label of the first supervision that has one."""
     for supervision in cut.supervisions:
-        found = getattr(supervision, field) if field in {"speaker", "text", "language"} else (supervision.custom or {}).get(field)
+        found = getattr(supervision, field) if field in {"speaker", "text", "language", "gender"} else (supervision.custom or {}).get(field)
         if found is not None:
             return str(found)
     return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from spear.bounds import at_least
 from spear.errors import ConfigError, DataError
 from spear.evaluation.metrics import equal_error_rate, min_detection_cost, trial_interval
 from spear.evaluation.tasks.base import Array, Features, Rows, Score, Settings, Split, Task, TaskConfig
-from spear.evaluation.tasks.utterances import label_of
+from spear.evaluation.tasks.utterances import label_of, pool
+from spear.evaluation.trials import Trials, find_trials, read_trials
 from spear.files import seed_from
 
 
@@ -24,33 +25,45 @@ class VerificationConfig(TaskConfig):
 
     num_trials: int = 2000
     """Trials of each kind (same speaker, other speaker) per seed; fewer where the cuts allow fewer pairs."""
-    p_target: float = 0.01
-    """Prior of a same-speaker trial in the detection cost."""
+    p_targets: list[float] = field(default_factory=lambda: [0.01, 0.05])
+    """Priors of a same-speaker trial, each with its detection cost; VoxCeleb's are 0.05 and 0.01."""
     held_out: bool = True
     """Use only speakers that the train split lacks."""
+    pooling: Literal["mean", "mean_std"] = "mean"
+    """Mean over frames, or mean and standard deviation side by side."""
+    trials: str | None = None
+    """File of the test trials in the format of VoxCeleb, ``1 FILE FILE`` or ``0 FILE FILE`` a line; null: drawn. A FILE is the id of a cut, or a
+    path whose suffix is dropped and whose ``/`` become ``-`` in the id. Variables and ``~`` are expanded; else it starts from the current folder."""
+    normalization: Literal["none", "s", "as"] = "none"
+    """Scores as they are, or ``s``: relative to those against a cohort, the mean vectors of train speakers; ``as``: to the highest of them."""
+    cohort: int = 1000
+    """Most speakers of the cohort, drawn by a hash of the name."""
+    top: int = 200
+    """``as``: highest cohort scores of each side that count; all where the cohort is smaller."""
 
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
         at_least("num_trials", self.num_trials, 1)
-        if not 0 < self.p_target < 1:
-            raise ConfigError(f"`p_target` must be between 0 and 1, but is {self.p_target}")
+        at_least("cohort", self.cohort, 2)
+        at_least("top", self.top, 2)
+        if not self.p_targets or not all(0 < value < 1 for value in self.p_targets):
+            raise ConfigError(f"`p_targets` must be at least one number, each between 0 and 1, but is {self.p_targets}")
+        if self.trials == "":
+            raise ConfigError("`trials` must be null or a file, but is empty")
 
     def build(self, name: str, settings: Settings) -> Task:
         """See `TaskConfig`."""
         return Verification(name, self, settings)
 
 
-class Trials(NamedTuple):
-    """Pairs of items: (M, 2) indexes, and (M,) True where the speaker is the same."""
-
-    pairs: NDArray[np.int64]
-    same: NDArray[np.bool_]
-
-
 class Verification(Task):
-    """Equal error rate and detection cost over seeded trials; vectors are centred on the train split's mean."""
+    """Equal error rate and detection cost over trials; vectors are centred on the train split's mean."""
 
     config: VerificationConfig
+
+    def __init__(self, name: str, config: VerificationConfig, settings: Settings) -> None:
+        super().__init__(name, config, settings)
+        self._listed = None if config.trials is None else read_trials(config.trials)
 
     def wants(self, cut: Any) -> bool:
         """See `Task`."""
@@ -60,37 +73,79 @@ class Verification(Task):
         """See `Task`."""
         return "it needs the supervision field `speaker`"
 
+    def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
+        """See `Task`; of the test split, where trials are listed, exactly the cuts that they name.
+
+        Raises:
+            DataError: a listed cut is missing, or its speaker is in train although speakers are to be held out.
+        """
+        if self._listed is None:
+            return super().select(cuts)
+        named = self._listed.names()
+        test = [cut for cut in cuts.get("test", ()) if cut.id in named and self.wants(cut)]
+        try:
+            find_trials(self._listed, [cut.id for cut in test])
+        except DataError as error:
+            raise DataError(f"task `{self.name}`: {error}") from error
+        chosen = {**super().select({**cuts, "test": test}), "test": test}
+        known = {str(label_of(cut, "speaker")) for cut in chosen["train"]} if self.config.held_out else set()
+        shared = sorted(known & {str(label_of(cut, "speaker")) for cut in test})
+        if shared:
+            raise DataError(f"task `{self.name}`: speaker {shared[0]!r} of the listed trials is in the train split, too (`held_out` is true)")
+        return chosen
+
     def rows(self, cut: Any, split: Split, times: NDArray[np.float64], layers: Sequence[Array]) -> Rows:
         """See `Task`."""
-        return Rows([str(label_of(cut, "speaker"))], [x.mean(axis=0)[None] for x in layers])
+        return Rows([str(label_of(cut, "speaker"))], [pool(x, self.config.pooling)[None] for x in layers])
 
     def score(self, features: Mapping[Split, Features], layer_names: Sequence[str]) -> Score:
         """See `Task`; the layer is the one with the least error on valid trials, and every seed draws its own test trials."""
-        seeds, settings = self.settings.seeds, self.settings
-        known = set(features["train"].labels) if self.config.held_out else set()
-        trials = {split: [self._trials(features[split], known, split, seed) for seed in seeds] for split in ("valid", "test")}
+        valid = self._drawn(features, "valid")[0]
+        test = self._drawn(features, "test") if self._listed is None else [find_trials(self._listed, features["test"].groups)]
         by_layer: dict[str, dict[str, float]] = {}
-        vectors: dict[str, Array] = {}
         for i, name in enumerate(layer_names):
-            centre = features["train"].layers[i].mean(axis=0)
-            valid, vectors[name] = (directions(features[split].layers[i] - centre) for split in ("valid", "test"))
-            by_layer[name] = {
-                "valid": equal_error_rate(cosines(valid, trials["valid"][0]), trials["valid"][0].same),
-                "test": equal_error_rate(cosines(vectors[name], trials["test"][0]), trials["test"][0].same),
-            }
+            pairs: list[tuple[Split, Trials]] = [("valid", valid), ("test", test[0])]
+            by_layer[name] = {split: equal_error_rate(scores, found.same) for (split, found), scores in zip(pairs, self._scores(features, i, pairs))}
         layer = min(by_layer, key=lambda name: by_layer[name]["valid"])
-        scored = [(cosines(vectors[layer], found), found.same) for found in trials["test"]]
+        scored = self._scores(features, list(layer_names).index(layer), [("test", found) for found in test])
+        return self._summed([(scores, found.same) for scores, found in zip(scored, test)], layer, by_layer)
+
+    def _scores(self, features: Mapping[Split, Features], layer: int, wanted: Sequence[tuple[Split, Trials]]) -> list[NDArray[np.float64]]:
+        """Scores (M,) of trials, each on its split, from one layer."""
+        train = features["train"].layers[layer]
+        centre = train.mean(axis=0)
+        unit = {split: directions(features[split].layers[layer] - centre) for split in {split for split, _ in wanted}}
+        found = [cosines(unit[split], trials) for split, trials in wanted]
+        if self.config.normalization == "none":
+            return found
+        cohort = self._cohort(features["train"].labels, directions(train - centre))
+        top = self.config.top if self.config.normalization == "as" else None
+        return [normalised(scores, trials, unit[split], cohort, top) for scores, (split, trials) in zip(found, wanted)]
+
+    def _summed(self, scored: list[tuple[NDArray[np.float64], NDArray[np.bool_]]], layer: str, by_layer: dict[str, dict[str, float]]) -> Score:
+        """The score of one (scores, same) pair per seed."""
         rates = [equal_error_rate(*found) for found in scored]
-        costs = [min_detection_cost(*found, p_target=self.config.p_target) for found in scored]
-        details = {"items": len(scored[0][1]), "chance": 0.5, "min_dcf": round(float(np.mean(costs)), 6), "p_target": self.config.p_target}
-        interval = trial_interval(*scored[0], resamples=settings.resamples, seed=settings.seed)
+        costs = {str(p): round(float(np.mean([min_detection_cost(*found, p_target=p) for found in scored])), 6) for p in self.config.p_targets}
+        details = {"items": len(scored[0][1]), "chance": 0.5, "min_dcf": costs, "normalization": self.config.normalization}
+        interval = trial_interval(*scored[0], resamples=self.settings.resamples, seed=self.settings.seed)
         return Score("EER", False, float(np.mean(rates)), float(np.std(rates)), interval, layer, by_layer, details)
 
-    def _trials(self, features: Features, known: set[str], split: str, seed: int) -> Trials:
+    def _drawn(self, features: Mapping[Split, Features], split: Split) -> list[Trials]:
+        """Trials of every seed among the speakers of a split; of the first seed alone for valid."""
+        known = set(features["train"].labels) if self.config.held_out else set()
+        found, seeds = features[split], self.settings.seeds if split == "test" else self.settings.seeds[:1]
         try:
-            return draw_trials(features.groups, features.labels, self.config.num_trials, seed_from(seed, "trials", split), exclude=known)
+            return [
+                draw_trials(found.groups, found.labels, self.config.num_trials, seed_from(seed, "trials", split), exclude=known) for seed in seeds
+            ]
         except DataError as error:
             raise DataError(f"task `{self.name}`, {split} split: {error}") from error
+
+    def _cohort(self, speakers: Sequence[str], unit: Array) -> Array:
+        """Directions (S, D) of the mean unit vectors of at most ``cohort`` train speakers, one of `speakers` per row of `unit`."""
+        names = sorted(set(speakers), key=lambda name: seed_from(self.settings.seed, "cohort", name))[: self.config.cohort]
+        labels = np.asarray(speakers)
+        return directions(np.stack([unit[labels == name].mean(axis=0) for name in names]))
 
 
 def draw_trials(ids: Sequence[str], speakers: Sequence[str], num_trials: int, seed: int, *, exclude: set[str] | None = None) -> Trials:
@@ -142,3 +197,21 @@ def cosines(unit: Array, trials: Trials) -> NDArray[np.float64]:
     """Cosine of each trial's pair of unit rows, (M,)."""
     products = unit[trials.pairs[:, 0]].astype(np.float64) * unit[trials.pairs[:, 1]]
     return np.asarray(products.sum(axis=1), dtype=np.float64)
+
+
+def normalised(scores: NDArray[np.float64], trials: Trials, unit: Array, cohort: Array, top: int | None) -> NDArray[np.float64]:
+    """Mean over both sides of (score - mean) / deviation of that side's cohort scores: s-norm, or with `top` adaptive s-norm.
+
+    Args:
+        scores: (M,) of the trials. unit: (N, D) directions of the items. cohort: (S, D) directions.
+        top: highest cohort scores of each item that count; None for all.
+    Source: Matejka et al., Interspeech 2017, section 2 (S-norm, and AS-norm1 with each side's own best cohort).
+    """
+    means, deviations = np.empty(len(unit)), np.empty(len(unit))
+    for start in range(0, len(unit), 4096):
+        found = unit[start : start + 4096].astype(np.float64) @ cohort.T.astype(np.float64)  # (B, S)
+        if top is not None and top < found.shape[1]:
+            found = np.partition(found, found.shape[1] - top, axis=1)[:, -top:]
+        means[start : start + 4096], deviations[start : start + 4096] = found.mean(axis=1), found.std(axis=1)
+    sides = [(scores - means[trials.pairs[:, k]]) / np.maximum(deviations[trials.pairs[:, k]], 1e-12) for k in (0, 1)]
+    return np.asarray((sides[0] + sides[1]) / 2, dtype=np.float64)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,9 +16,9 @@ from torch.nn import functional as F
 
 from spear import native
 from spear.models.zipformer.depthwise import depthwise_conv1d, depthwise_conv2d
-from spear.models.zipformer.kernels import depthwise_loop, swoosh_loops
+from spear.models.zipformer.kernels import depthwise_loop, k2_kernels, swoosh_loops
 from spear.models.zipformer.pointwise import ROWS, pointwise_swoosh
-from spear.models.zipformer.swoosh import swoosh_l, swoosh_l_gradient, swoosh_r
+from spear.models.zipformer.swoosh import Swoosh, from_k2, swoosh_l, swoosh_r
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler")
 
@@ -54,7 +59,7 @@ def test_swoosh_carries_nan_and_infinity(backend: str) -> None:
         assert not out[1::4].isfinite().any()
         assert (out[2::4] == float("inf")).all()
         assert out[3::4].isfinite().all()
-        gradient = swoosh_l_gradient(value, torch.ones_like(value))
+        gradient = swoosh_l.gradient(value, torch.ones_like(value))
         assert gradient[0::4].isnan().all()
         assert gradient[1:4].isfinite().all()
 
@@ -68,6 +73,80 @@ def test_swoosh_gradient(backend: str, dtype: torch.dtype) -> None:
     assert x.grad is not None
     tolerance = 1e-6 if dtype == torch.float32 else 5e-3
     assert ((x.grad.double() - expected).abs() <= tolerance * (0.1 + expected.abs())).all()
+
+
+class StandIn(ModuleType):
+    """What k2 offers for Swoosh, by its documented formulas, float32 as in k2; notes which functions were called."""
+
+    def __init__(self) -> None:
+        super().__init__("k2")
+        self.calls: list[str] = []
+        self.__spec__ = ModuleSpec("k2", None)
+
+    def _named(self, name: str, x: torch.Tensor, shift: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls.append(name)
+        x = x.float()
+        return torch.log1p(torch.exp(x - shift)) - 0.08 * x - offset, 0.92 - 1 / (1 + torch.exp(x - shift))
+
+    def swoosh_l_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._named("l", x, 4.0, 0.035)[0]
+
+    def swoosh_r_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._named("r", x, 1.0, 0.313261687)[0]
+
+    def swoosh_l_forward_and_deriv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._named("l'", x, 4.0, 0.035)
+
+    def swoosh_r_forward_and_deriv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._named("r'", x, 1.0, 0.313261687)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    module = StandIn()
+    monkeypatch.setitem(sys.modules, "k2", module)
+    k2_kernels.cache_clear()
+    yield module
+    k2_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(("function", "letter"), [(swoosh_l, "l"), (swoosh_r, "r")])
+def test_k2_runs_swoosh_off_the_cpu(stand_in: StandIn, function: Swoosh, letter: str) -> None:
+    function(torch.randn(9))
+    assert stand_in.calls == []  # a CPU has its own loops
+    x = torch.empty(3, 9, device="meta", dtype=torch.bfloat16, requires_grad=True)  # any device but a CPU
+    out = function(x)
+    assert stand_in.calls == [letter]
+    assert out.dtype == torch.bfloat16
+    assert torch.autograd.grad(out.sum(), x)[0].dtype == torch.bfloat16
+    assert stand_in.calls == [letter, f"{letter}'"]
+    function(x.detach().double())
+    assert len(stand_in.calls) == 2  # k2 computes in float32
+
+
+@pytest.mark.parametrize("function", [swoosh_l, swoosh_r])
+def test_k2_gives_the_closed_form(stand_in: StandIn, function: Swoosh) -> None:
+    x = torch.linspace(-30, 30, 4001)
+    grad = torch.linspace(1, 2, 4001)
+    torch.testing.assert_close(from_k2(stand_in, x, None, function.shift), function.of(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(from_k2(stand_in, x, grad, function.shift), function.gradient(x, grad), rtol=1e-5, atol=1e-6)
+
+
+def test_without_k2_torch_computes_off_the_cpu() -> None:
+    if importlib.util.find_spec("k2") is not None:
+        pytest.skip("k2 is installed")
+    k2_kernels.cache_clear()
+    assert k2_kernels() is None
+    x = torch.empty(3, 9, device="meta", requires_grad=True)
+    assert torch.autograd.grad(swoosh_l(x).sum(), x)[0].shape == (3, 9)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("k2") is None, reason="k2 is not installed")
+def test_installed_k2_gives_the_closed_form() -> None:
+    k2 = k2_kernels()
+    x = torch.linspace(-30, 30, 4001)
+    torch.testing.assert_close(from_k2(k2, x, None, 4.0), swoosh_l.of(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(from_k2(k2, x, torch.ones(4001), 1.0), swoosh_r.gradient(x, torch.ones(4001)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

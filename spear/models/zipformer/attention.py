@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spear.models.tracing import is_tracing
+from spear.models.tracing import is_compiling, is_tracing
 from spear.models.zipformer.balancer import Balancer
 from spear.models.zipformer.chance import happens
-from spear.models.zipformer.gradient import penalize_large
+from spear.models.zipformer.gate import gated
+from spear.models.zipformer.gradient import penalize_large, penalized_gradient
 from spear.models.zipformer.init import scaled
+from spear.models.zipformer.linear import Linear
 from spear.models.zipformer.scheduled_float import Schedule, ScheduledModule, schedule
 from spear.models.zipformer.whiten import Whiten
 
@@ -23,7 +25,7 @@ POSITION_SKIP = schedule((0, 0.5), (4000, 0.0))
 def softmax(scores: Tensor) -> Tensor:
     """Softmax over the last dimension in the dtype of `scores`, forward and backward computed in float32, keeping only its output."""
     if is_tracing():
-        return scores.softmax(dim=-1)  # the name exporters know
+        return scores.float().softmax(dim=-1).to(scores.dtype) if is_compiling() else scores.softmax(dim=-1)  # the name exporters know
     result: Tensor = torch.ops.aten._softmax(scores, -1, False)  # unlike torch.softmax, never recast by autocast
     return result
 
@@ -61,6 +63,9 @@ class _AddShifted(torch.autograd.Function):
 
 def add_shifted(scores: Tensor, pos_scores: Tensor) -> Tensor:
     """`scores` (N, H, T, S) plus the position scores (N, H, T, T + S - 1) of `shift_to_offsets`."""
+    if is_compiling():
+        added: Tensor = torch.ops.spear.add_shifted(scores, pos_scores)
+        return added
     if torch.is_grad_enabled() and scores.requires_grad:
         result: Tensor = _AddShifted.apply(scores, pos_scores)
         return result
@@ -73,8 +78,8 @@ class AttentionWeights(ScheduledModule):
     def __init__(self, dim: int, *, pos_dim: int, num_heads: int, query_head_dim: int, pos_head_dim: int) -> None:
         super().__init__()
         self.num_heads, self.query_head_dim, self.pos_head_dim = num_heads, query_head_dim, pos_head_dim
-        self.in_proj = scaled(nn.Linear(dim, (2 * query_head_dim + pos_head_dim) * num_heads), query_head_dim**-0.25)
-        self.linear_pos = scaled(nn.Linear(pos_dim, num_heads * pos_head_dim, bias=False), 0.05)
+        self.in_proj = scaled(Linear(dim, (2 * query_head_dim + pos_head_dim) * num_heads), query_head_dim**-0.25)
+        self.linear_pos = scaled(Linear(pos_dim, num_heads * pos_head_dim, bias=False), 0.05)
         self.balance_keys = Balancer(min_positive=0.4, max_positive=0.6, min_abs=0.0, max_abs=100.0, prob=0.025)
         self.whiten_keys = Whiten(schedule((0, 3.0), (20000, 6.0), default=3.0), num_groups=num_heads, grad_scale=0.025)
         self.pos_emb_skip_rate: Schedule | float = POSITION_SKIP
@@ -111,6 +116,10 @@ class AttentionWeights(ScheduledModule):
         queries = queries.unflatten(-1, heads).transpose(1, 2)  # (N, H, T, q)
         keys = keys.unflatten(-1, heads).permute(0, 2, 3, 1)  # (N, H, q, S)
         scores = queries @ keys  # (N, H, T, S)
+        if self.training and is_compiling():
+            encodings = self.linear_pos(positions * self.later("pos_emb_skip_rate", positions[None])[0]).unflatten(-1, heads).permute(1, 2, 0)
+            scores = self.deferred(add_shifted(scores, pos_queries.unflatten(-1, heads).transpose(1, 2) @ encodings))
+            return self._softmax(scores, mask)
         if self.training and happens(self.value(self.pos_emb_skip_rate)):
             # an exact zero that keeps linear_pos in the graph: all ranks must reduce gradients of the same parameters
             scores = scores + 0.0 * self.linear_pos.weight.sum()
@@ -120,6 +129,13 @@ class AttentionWeights(ScheduledModule):
             scores = add_shifted(scores, pos_queries @ encodings)
         if self.training and scores.requires_grad and happens(PENALTY_PROB):
             scores = penalize_large(scores, SCORE_LIMIT, SCORE_PENALTY)
+        return self._softmax(scores, mask)
+
+    def pull(self, x: Tensor, grad: Tensor) -> Tensor:
+        """See ScheduledModule; x are the scores."""
+        return penalized_gradient(x, grad, SCORE_LIMIT, SCORE_PENALTY) if happens(PENALTY_PROB) else grad
+
+    def _softmax(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
             scores = scores.masked_fill(mask, MASKED_SCORE)
         return softmax(scores)
@@ -131,8 +147,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, *, num_heads: int, value_head_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.in_proj = nn.Linear(dim, num_heads * value_head_dim)
-        self.out_proj = scaled(nn.Linear(num_heads * value_head_dim, dim), 0.05)
+        self.in_proj = Linear(dim, num_heads * value_head_dim)
+        self.out_proj = scaled(Linear(num_heads * value_head_dim, dim), 0.05)
         self.whiten = Whiten(schedule((0, 7.5), (20000, 22.5), default=7.5))
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -156,8 +172,8 @@ class NonlinAttention(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(dim, 3 * hidden_dim)
-        self.out_proj = scaled(nn.Linear(hidden_dim, dim), 0.05)
+        self.in_proj = Linear(dim, 3 * hidden_dim)
+        self.out_proj = scaled(Linear(hidden_dim, dim), 0.05)
         self.balancer = Balancer(
             min_positive=schedule((0, 0.25), (20000, 0.05)), max_positive=schedule((0, 0.75), (20000, 0.95)), min_abs=0.5, max_abs=5.0
         )
@@ -166,19 +182,19 @@ class NonlinAttention(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """x: (N, T, D), weights: (N, T, T) of one head -> (N, T, D)."""
-        gated, gate = self._gated(x)
-        return self._mix(gated, gate, weights)
+        frames, gate = self._gated(x)
+        return self._mix(frames, gate, weights)
 
     def stream(self, x: Tensor, weights: Tensor, cached: Tensor) -> tuple[Tensor, Tensor]:
         """x: (N, T, D), weights: (N, T, L + T), cached: (N, L, h) gated frames -> (N, T, D), frames to cache."""
-        gated, gate = self._gated(x)
-        gated = torch.cat((cached, gated), dim=1)
-        return self._mix(gated, gate, weights), gated[:, gated.shape[1] - cached.shape[1] :]
+        frames, gate = self._gated(x)
+        frames = torch.cat((cached, frames), dim=1)
+        return self._mix(frames, gate, weights), frames[:, frames.shape[1] - cached.shape[1] :]
 
     def _gated(self, x: Tensor) -> tuple[Tensor, Tensor]:
         s, value, gate = self.in_proj(x).chunk(3, dim=-1)
-        return self.whiten1(value) * self.balancer(s).tanh(), gate
+        return gated(self.whiten1(value), self.balancer(s), "tanh"), gate
 
-    def _mix(self, gated: Tensor, gate: Tensor, weights: Tensor) -> Tensor:
-        out: Tensor = self.whiten2(self.out_proj((weights @ gated) * gate))
+    def _mix(self, frames: Tensor, gate: Tensor, weights: Tensor) -> Tensor:
+        out: Tensor = self.whiten2(self.out_proj((weights @ frames) * gate))
         return out

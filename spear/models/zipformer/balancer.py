@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spear.models.tracing import is_compiling
 from spear.models.zipformer.chance import happens
 from spear.models.zipformer.scheduled_float import Schedule, ScheduledModule, schedule
 
@@ -47,10 +48,14 @@ class _Balance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        limits, grad_scale, channel_dim = ctx.settings
-        shift, slope = _penalty_gradient(x, limits, grad_scale, channel_dim)
-        push = torch.addcmul(shift, slope, x.to(shift.dtype)).mul_(grad.abs())
-        return push.add_(grad).to(grad.dtype), None, None, None
+        return balanced_gradient(x, grad, *ctx.settings), None, None, None
+
+
+def balanced_gradient(x: Tensor, grad: Tensor, limits: Bounds, grad_scale: float, channel_dim: int) -> Tensor:
+    """The gradient of x behind `balance`, given that of its output."""
+    shift, slope = _penalty_gradient(x, limits, grad_scale, channel_dim)
+    push = torch.addcmul(shift, slope, x.to(shift.dtype)).mul_(grad.abs())
+    return push.add_(grad).to(grad.dtype)
 
 
 def _penalty_gradient(x: Tensor, limits: Bounds, grad_scale: float, channel_dim: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +113,13 @@ class Balancer(ScheduledModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x of any shape."""
+        if is_compiling():
+            return self.deferred(x) if self.training and x.requires_grad else x
         return self.apply_to(x) if x.requires_grad and self.drawn() else x
+
+    def pull(self, x: Tensor, grad: Tensor) -> Tensor:
+        """See ScheduledModule."""
+        return balanced_gradient(x, grad, self._limits(), GRAD_SCALE, self.channel_dim) if happens(self.value(self.prob)) else grad
 
     def drawn(self) -> bool:
         """Draw whether this call balances; no draw outside training."""
@@ -116,5 +127,7 @@ class Balancer(ScheduledModule):
 
     def apply_to(self, x: Tensor) -> Tensor:
         """`balance` with the bounds of the moment."""
-        settings = (self.min_positive, self.max_positive, self.min_abs, self.max_abs)
-        return balance(x, bounds(*(self.value(setting) for setting in settings)), channel_dim=self.channel_dim)
+        return balance(x, self._limits(), channel_dim=self.channel_dim)
+
+    def _limits(self) -> Bounds:
+        return bounds(*(self.value(setting) for setting in (self.min_positive, self.max_positive, self.min_abs, self.max_abs)))

@@ -16,9 +16,14 @@ def happens(prob: float) -> bool:
     return prob > 0.0 and (prob >= 1.0 or draw() < prob)
 
 
+def onto(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask on the CPU in the type and on the device of `like`, without waiting for what a GPU still has to do."""
+    return mask.to(device=like.device, dtype=like.dtype, non_blocking=True)
+
+
 def keep_mask(shape: tuple[int, ...], drop_prob: float, like: Tensor) -> Tensor:
     """Zeros with probability `drop_prob`, else ones; in the dtype and on the device of `like`."""
-    return (torch.rand(shape) >= drop_prob).to(device=like.device, dtype=like.dtype)
+    return onto(torch.rand(shape) >= drop_prob, like)
 
 
 def drop_items(x: Tensor, prob: float) -> Tensor:
@@ -26,11 +31,15 @@ def drop_items(x: Tensor, prob: float) -> Tensor:
     if prob <= 0.0:
         return x
     kept = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1)) >= prob
-    return x if bool(kept.all()) else x * kept.to(device=x.device, dtype=x.dtype)
+    return x if bool(kept.all()) else x * onto(kept, x)
+
+
+def dropout_mask(x: Tensor, prob: float) -> Tensor | None:
+    """Zeros, and ones scaled up, (N, 1, C) for x (N, T, C); None where nothing is dropped."""
+    return keep_mask((x.shape[0], 1, x.shape[2]), prob, x) / (1.0 - prob) if prob > 0.0 else None
 
 
 def shared_dropout(x: Tensor, prob: float) -> Tensor:
     """Dropout on (N, T, C) whose mask is the same for all frames of an item."""
-    if prob <= 0.0:
-        return x
-    return x * (keep_mask((x.shape[0], 1, x.shape[2]), prob, x) / (1.0 - prob))
+    keep = dropout_mask(x, prob)
+    return x if keep is None else x * keep

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spear.models.tracing import is_tracing
 from spear.models.zipformer.balancer import Balancer
 from spear.models.zipformer.depthwise import depthwise_conv1d
+from spear.models.zipformer.gate import gated
 from spear.models.zipformer.init import scaled
+from spear.models.zipformer.linear import Linear, swoosh_linear
 from spear.models.zipformer.scheduled_float import schedule
 from spear.models.zipformer.swoosh import swoosh_r
 from spear.models.zipformer.whiten import Whiten
@@ -42,9 +45,12 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
             self.causal_conv.bias.uniform_(-0.1, 0.1)
 
     def forward(self, x: Tensor, chunk_size: int = -1) -> Tensor:
-        """x: (N, T, D) -> (N, T, D); chunks of `chunk_size` frames, or one chunk where it is negative or longer than T."""
+        """x: (N, T, D) -> (N, T, D); chunks of `chunk_size` frames, or one chunk where it is negative or longer than T.
+
+        A recorded model (`is_tracing`) with chunks needs at least one whole chunk.
+        """
         n, t, _ = x.shape
-        size = t if chunk_size < 0 or chunk_size > t else chunk_size
+        size = t if chunk_size < 0 or (not is_tracing() and chunk_size > t) else chunk_size
         causal = self.causal_conv(F.pad(x, (0, 0, self.kernel // 2, 0)))
         chunks = F.pad(x, (0, 0, 0, -t % size)).unflatten(1, (-1, size)).flatten(0, 1)  # (N chunks, size, D)
         within = self.chunkwise_conv(chunks) * self._scale(size)
@@ -60,10 +66,8 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
     def _scale(self, size: int) -> Tensor:
         """(size, D): one plus the learned corrections at the left and right edge of a chunk."""
         left, right = self.chunkwise_conv_scale.unbind()
-        if size < self.kernel:
-            left, right = left[:, :size], right[:, self.kernel - size :]
-        else:
-            left, right = F.pad(left, (0, size - self.kernel)), F.pad(right, (size - self.kernel, 0))
+        # a negative number cuts away what a short chunk has no room for
+        left, right = F.pad(left, (0, size - self.kernel)), F.pad(right, (size - self.kernel, 0))
         scale: Tensor = 1.0 + (left + right)
         return scale.transpose(0, 1)
 
@@ -73,9 +77,9 @@ class ConvolutionModule(nn.Module):
 
     def __init__(self, dim: int, kernel: int, *, causal: bool) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(dim, 2 * dim)
+        self.in_proj = Linear(dim, 2 * dim)
         self.depthwise_conv = ChunkCausalDepthwiseConv1d(dim, kernel) if causal else DepthwiseConv1d(dim, kernel, kernel // 2)
-        self.out_proj = scaled(nn.Linear(dim, dim), 0.05)
+        self.out_proj = scaled(Linear(dim, dim), 0.05)
         self.balancer1 = Balancer(
             min_positive=schedule((0, 0.05), (8000, 0.025)),
             max_positive=1.0,
@@ -89,8 +93,7 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None, chunk_size: int = -1) -> Tensor:
         """x: (N, T, D), padding_mask: (N, T) -> (N, T, D)."""
-        out: Tensor = self._finish(self.depthwise_conv(self._gated(x, padding_mask), chunk_size))
-        return out
+        return self._finish(self.depthwise_conv(self._gated(x, padding_mask), chunk_size))
 
     def stream(self, x: Tensor, padding_mask: Tensor, cached: Tensor) -> tuple[Tensor, Tensor]:
         """One chunk x (N, T, D) after `cached` (N, kernel // 2, D) -> (N, T, D), the frames to cache; causal modules only."""
@@ -101,9 +104,8 @@ class ConvolutionModule(nn.Module):
 
     def _gated(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         value, gate = self.in_proj(x).chunk(2, dim=-1)
-        gated: Tensor = value * self.balancer1(gate).sigmoid()
-        return gated if padding_mask is None else gated.masked_fill(padding_mask[:, :, None], 0.0)
+        frames = gated(value, self.balancer1(gate), "sigmoid")
+        return frames if padding_mask is None else frames.masked_fill(padding_mask[:, :, None], 0.0)
 
     def _finish(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out_proj(swoosh_r(self.whiten(self.balancer2(x))))
-        return out
+        return swoosh_linear(self.whiten(self.balancer2(x)), None, self.out_proj.weight, self.out_proj.bias, swoosh_r)

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from spear.models.tracing import is_compiling
 from spear.models.zipformer.kernels import depthwise_loop
+from spear.models.zipformer.linear import low_type
 
 BLOCK = 32
 """Frames whose products are summed by one matrix product of the weight's gradient."""
@@ -55,31 +57,36 @@ class _Depthwise(torch.autograd.Function):
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
         ctx.save_for_backward(x, weight)
         ctx.padding = padding
-        return _convolve(x, weight, bias, padding)
+        return _convolve(x.to(weight.dtype), weight, bias, padding)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        kernel, padding = tuple(weight.shape[2:]), ctx.padding
-        with torch.autocast("cpu", enabled=False):
-            back = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
-            grad_x = _convolve(grad, weight.flip(2, 3), None, back) if ctx.needs_input_grad[0] else None
-            grad_weight = _weight_gradient(x, grad, kernel, padding)
-        return grad_x, grad_weight, grad.sum(dim=(0, 1, 2), dtype=torch.float32), None
+        return *gradients(x, weight, grad, ctx.padding), None
+
+
+def gradients(x: Tensor, weight: Tensor, grad: Tensor, padding: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x in its type, and of weight and bias in float32, given that of `depthwise_conv2d`."""
+    kernel = (weight.shape[2], weight.shape[3])
+    with torch.autocast("cpu", enabled=False):
+        back = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
+        grad_x = _convolve(grad, weight.flip(2, 3), None, back).to(x.dtype)
+        return grad_x, _weight_gradient(x, grad, kernel, padding), grad.sum(dim=(0, 1, 2), dtype=torch.float32)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: Pair) -> Tensor:
     """Cross-correlation of every channel of an image with its own filter, on a CPU.
 
     Args:
-        x: (N, H, W, C). weight: (C, 1, kh, kw). bias: (C,). padding: zeros on either side, up and down and across.
+        x: (N, H, W, C), kept in its own type and computed in that of the weight or of autocast. weight: (C, 1, kh, kw). bias: (C,).
+        padding: zeros on either side, up and down and across.
     Returns:
         (N, H + 2 padding - kh + 1, W + 2 padding - kw + 1, C).
     """
     if torch.is_grad_enabled() and weight.requires_grad and x.dtype != torch.float64:
         result: Tensor = _Depthwise.apply(x, weight, bias, padding)
         return result
-    return _convolve(x, weight, bias, padding)
+    return _convolve(x.to(weight.dtype), weight, bias, padding)
 
 
 def depthwise_conv1d(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
@@ -90,6 +97,10 @@ def depthwise_conv1d(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) 
     Returns:
         (N, T + 2 padding - K + 1, D).
     """
+    if is_compiling() and x.device.type == "cpu":
+        dtype = low_type(x)
+        opaque: Tensor = torch.ops.spear.depthwise(x.to(dtype), weight.to(dtype), bias.to(dtype), padding)
+        return opaque
     if x.device.type != "cpu":
         return F.conv1d(x.transpose(1, 2), weight, bias, padding=padding, groups=weight.shape[0]).transpose(1, 2)
     return depthwise_conv2d(x.unsqueeze(1), weight.unsqueeze(2), bias, (0, padding)).squeeze(1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spear.models.zipformer.chance import keep_mask
-from spear.models.zipformer.gradient import limit_parameter
+from spear.models.tracing import is_compiling, is_tracing
+from spear.models.zipformer.chance import happens, keep_mask
+from spear.models.zipformer.gradient import LIMIT_PROB, limit_parameter, limited_gradient
+from spear.models.zipformer.linear import low_type
 from spear.models.zipformer.scheduled_float import Schedule, ScheduledModule, schedule
 
 BYPASS_MIN = schedule((0, 0.9), (20000, 0.2))
@@ -23,7 +27,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, T, D) -> (N, ceil(T / factor), D); the last frame is repeated to fill the last group."""
         missing = -x.shape[1] % self.factor
-        if missing:
+        if is_tracing() or missing:  # what is recorded holds for every length
             x = torch.cat((x, x[:, -1:].expand(-1, missing, -1)), dim=1)
         weights = self.bias.softmax(dim=0)
         groups: Tensor = x.unflatten(1, (-1, self.factor)) * weights[:, None]
@@ -33,6 +37,29 @@ class Downsample(nn.Module):
 def upsample(x: Tensor, factor: int, num_frames: int) -> Tensor:
     """Repeat each frame of x (N, T, D) `factor` times and keep the first `num_frames`."""
     return x[:, :, None].expand(-1, -1, factor, -1).flatten(1, 2)[:, :num_frames]
+
+
+def _mixed(orig: Tensor, new: Tensor, scale: Tensor) -> Tensor:
+    if orig.dtype == new.dtype == scale.dtype:
+        return torch.lerp(orig, new, scale)
+    return orig + (new - orig) * scale
+
+
+class _Mix(torch.autograd.Function):
+    """Keeps one tensor, the difference, in the type of the matrix products; it is only for the gradient of the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, orig: Tensor, new: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward((new - orig).to(dtype) if scale.requires_grad else None, scale)
+        ctx.types = orig.dtype, new.dtype
+        return _mixed(orig, new, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # type: ignore[override]
+        change, scale = ctx.saved_tensors
+        grad_scale = None if change is None else (grad * change).sum_to_size(scale.shape)
+        grad_new = grad * scale
+        return (grad - grad_new).to(ctx.types[0]), grad_new.to(ctx.types[1]), grad_scale, None
 
 
 class Bypass(ScheduledModule):
@@ -50,11 +77,18 @@ class Bypass(ScheduledModule):
     def forward(self, orig: Tensor, new: Tensor) -> Tensor:
         """orig, new: (N, T, D) -> (N, T, D)."""
         scale: Tensor = self.bypass_scale
-        if self.training:
+        if self.training and is_compiling():
+            scale = self.deferred(scale) * self.later("skip_rate", orig)
+        elif self.training:
             scale = limit_parameter(scale, self.value(self.scale_min), 1.0, training=True)
             skip_rate = self.value(self.skip_rate)
             if skip_rate > 0.0:
                 scale = scale * keep_mask((orig.shape[0], 1, 1), skip_rate, scale)
-        if orig.dtype == new.dtype == scale.dtype:
-            return torch.lerp(orig, new, scale)
-        return orig + (new - orig) * scale
+        if torch.is_grad_enabled() and not is_tracing() and (new.requires_grad or scale.requires_grad):
+            result: Tensor = _Mix.apply(orig, new, scale, low_type(orig))
+            return result
+        return _mixed(orig, new, scale)
+
+    def pull(self, x: Tensor, grad: Tensor) -> Tensor:
+        """See ScheduledModule; x is the scale."""
+        return limited_gradient(x, grad, self.value(self.scale_min), 1.0) if happens(LIMIT_PROB) else grad

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spear.models.base import FBANK_FIRST_FRAME_S, Encoder
-from spear.models.zipformer.chance import draw
+from spear.models.zipformer.chance import draw, onto
 from spear.models.zipformer.chunks import Chunking, attention_mask, padding_mask
 from spear.models.zipformer.config import StackConfig, ZipformerConfig
 from spear.models.zipformer.downsample import Downsample
@@ -59,7 +59,7 @@ def feature_masks(stacks: list[StackConfig], x: Tensor) -> list[Tensor]:
         widths = (stack.unmasked_dim, half, stack.dim - stack.unmasked_dim - half)
         parts = (torch.ones_like(lower), lower, upper)
         mask = torch.cat([part.expand(-1, -1, width) for part, width in zip(parts, widths)], dim=-1)
-        masks.append(mask.to(device=x.device, dtype=x.dtype))
+        masks.append(onto(mask, x))
     return masks
 
 
@@ -117,6 +117,7 @@ class ZipformerEncoder(Encoder):
 
     min_fbank_frames = MIN_FRAMES
     sample_rate = 16000
+    front_end = ("encoder_embed",)
 
     def __init__(self, config: ZipformerConfig) -> None:
         super().__init__()

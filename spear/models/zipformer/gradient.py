@@ -22,8 +22,13 @@ class _Limit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        outwards = ((x < ctx.low) & (grad > 0)) | ((x > ctx.high) & (grad < 0))
-        return torch.where(outwards, -grad, grad), None, None
+        return limited_gradient(x, grad, ctx.low, ctx.high), None, None
+
+
+def limited_gradient(x: Tensor, grad: Tensor, low: float, high: float) -> Tensor:
+    """The gradient of x behind `limit_range`, given that of its output."""
+    outwards = ((x < low) & (grad > 0)) | ((x > high) & (grad < 0))
+    return torch.where(outwards, -grad, grad)
 
 
 def limit_range(x: Tensor, low: float, high: float) -> Tensor:
@@ -75,8 +80,12 @@ class _Penalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        extra = torch.where(x.abs() > ctx.limit, x.sign() * ctx.penalty, 0.0)
-        return grad + extra.to(grad.dtype), None, None
+        return penalized_gradient(x, grad, ctx.limit, ctx.penalty), None, None
+
+
+def penalized_gradient(x: Tensor, grad: Tensor, limit: float, penalty: float) -> Tensor:
+    """The gradient of x behind `penalize_large`, given that of its output."""
+    return grad + torch.where(x.abs() > limit, x.sign() * penalty, 0.0).to(grad.dtype)
 
 
 def penalize_large(x: Tensor, limit: float, penalty: float) -> Tensor:

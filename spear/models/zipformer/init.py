@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-M = TypeVar("M", nn.Linear, nn.Conv2d)
+M = TypeVar("M", bound=nn.Linear | nn.Conv2d)
 
 
 def scaled(module: M, scale: float) -> M:

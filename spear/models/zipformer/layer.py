@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spear.models.tracing import is_compiling
 from spear.models.zipformer.attention import AttentionWeights, NonlinAttention, SelfAttention
 from spear.models.zipformer.balancer import Balancer
 from spear.models.zipformer.chance import drop_items, keep_mask
@@ -22,6 +23,8 @@ FEEDFORWARD_SKIP = schedule((0, 0.1), (4000, 0.01), (50000, 0.0))
 
 class ZipformerLayer(ScheduledModule):
     """Attention weights once, then two blocks of modules that share them (Zipformer, arXiv 2310.11230, section 3.2)."""
+
+    training_unit = True  # recomputed and spread over processes as one
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
@@ -68,22 +71,26 @@ class ZipformerLayer(ScheduledModule):
         x = x + self.feed_forward1(x)
         x = x + _kept(self.balancer_na(self.nonlin_attention(x, weights[:, 0])), attention_keep)
         x = x + _kept(self.self_attn1(x, weights), attention_keep)
-        x = x + self._skip(self.conv_module1(x, padding_mask, chunk_size), self.conv_skip_rate)
-        x = x + self._skip(self.balancer_ff2(self.feed_forward2(x)), self.ff2_skip_rate)
+        x = x + self._skip(self.conv_module1(x, padding_mask, chunk_size), "conv_skip_rate")
+        x = x + self._skip(self.balancer_ff2(self.feed_forward2(x)), "ff2_skip_rate")
         x = self.bypass_mid(orig, x)
         x = x + _kept(self.self_attn2(x, weights), attention_keep)
-        x = x + self._skip(self.conv_module2(x, padding_mask, chunk_size), self.conv_skip_rate)
-        x = x + self._skip(self.balancer_ff3(self.feed_forward3(x)), self.ff3_skip_rate)
+        x = x + self._skip(self.conv_module2(x, padding_mask, chunk_size), "conv_skip_rate")
+        x = x + self._skip(self.balancer_ff3(self.feed_forward3(x)), "ff3_skip_rate")
         x = self.bypass(orig, self.norm(self.balancer1(x)))
         out: Tensor = self.whiten(self.balancer2(x))
         return out
 
     def _attention_keep(self, x: Tensor) -> Tensor | None:
+        if is_compiling():
+            return self.later("attention_skip_rate", x) if self.training else None
         rate = self.value(self.attention_skip_rate) if self.training else 0.0
         return keep_mask((x.shape[0], 1, 1), rate, x) if rate > 0.0 else None
 
-    def _skip(self, branch: Tensor, rate: Schedule | float) -> Tensor:
-        return drop_items(branch, self.value(rate)) if self.training else branch
+    def _skip(self, branch: Tensor, rate: str) -> Tensor:
+        if is_compiling():
+            return branch * self.later(rate, branch) if self.training else branch
+        return drop_items(branch, self.value(getattr(self, rate))) if self.training else branch
 
 
 def _weak_balancer(min_abs: Schedule, max_abs: float) -> Balancer:

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spear.models.zipformer.gradient import limit_parameter
+from spear.models.tracing import is_compiling
+from spear.models.zipformer.chance import happens
+from spear.models.zipformer.gradient import LIMIT_PROB, limit_parameter, limited_gradient
+from spear.models.zipformer.scheduled_float import ScheduledModule
 
 LOG_SCALE_LIMITS = (-1.5, 1.5)
 
@@ -56,7 +59,7 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
     return (full * _scales(full, bias, log_scale)).to(dtype)
 
 
-class BiasNorm(nn.Module):
+class BiasNorm(ScheduledModule):
     """`bias_norm` with a learned bias per channel and one learned log scale."""
 
     def __init__(self, dim: int) -> None:
@@ -66,4 +69,10 @@ class BiasNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., C)."""
+        if is_compiling():
+            return bias_norm(x, self.bias, self.deferred(self.log_scale) if self.training else self.log_scale)
         return bias_norm(x, self.bias, limit_parameter(self.log_scale, *LOG_SCALE_LIMITS, training=self.training))
+
+    def pull(self, x: Tensor, grad: Tensor) -> Tensor:
+        """See ScheduledModule; x is the log scale."""
+        return limited_gradient(x, grad, *LOG_SCALE_LIMITS) if happens(LIMIT_PROB) else grad

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spear.models.zipformer.swoosh import swoosh_l, swoosh_l_gradient
+from spear.models.zipformer.swoosh import swoosh_l
 
 ROWS = 1024
 """Rows computed together."""
@@ -30,7 +30,7 @@ class _Pointwise(torch.autograd.Function):
             for rows, out, grads in zip(x.split(ROWS), grad_x.split(ROWS), grad.split(ROWS)):
                 hidden = F.linear(rows, weight1, bias1)
                 sums[2] += grads.T @ swoosh_l(hidden)
-                grad_hidden = swoosh_l_gradient(hidden, grads @ weight2)
+                grad_hidden = swoosh_l.gradient(hidden, grads @ weight2)
                 torch.mm(grad_hidden, weight1, out=out)
                 sums[0] += grad_hidden.T @ rows
                 sums[1] += grad_hidden.sum(dim=0, dtype=torch.float32)

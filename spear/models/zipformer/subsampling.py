@@ -74,7 +74,7 @@ class ConvNeXt(ScheduledModule):
         kernel = self.depthwise_conv
         if _is_rows(x) and kernel.weight.dtype == torch.float32 and kernel.bias is not None:
             with torch.autocast("cpu", enabled=False):
-                rows = depthwise_conv2d(x.float().permute(0, 2, 3, 1), kernel.weight, kernel.bias, (CONVNEXT_REACH, CONVNEXT_REACH))
+                rows = depthwise_conv2d(x.permute(0, 2, 3, 1), kernel.weight, kernel.bias, (CONVNEXT_REACH, CONVNEXT_REACH))
             return rows.permute(0, 3, 1, 2)
         out: Tensor = kernel(x)
         return out

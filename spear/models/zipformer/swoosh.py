@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spear.models.tracing import is_tracing
-from spear.models.zipformer.kernels import swoosh_loops
+from spear.models.tracing import is_compiling, is_tracing
+from spear.models.zipformer.kernels import k2_kernels, swoosh_loops
 
 SLOPE = 0.08
+LEFT, RIGHT = (4.0, 0.035), (1.0, 0.313261687)
+"""Shift and offset of SwooshL and SwooshR."""
 BLOCK = 1 << 15
 """Elements computed together on a CPU, small enough for the cache to hold them between the passes."""
 
@@ -57,6 +59,9 @@ def _blocks(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tens
     out = torch.empty_like(x)
     dense = x.stride() == out.stride() and (grad is None or grad.stride() == x.stride())
     if x.device.type != "cpu" or x.dtype == torch.float64 or not dense:
+        k2 = k2_kernels() if x.device.type != "cpu" and x.dtype != torch.float64 else None
+        if k2 is not None:
+            return from_k2(k2, x, grad, shift)
         z = _full(x) - shift
         whole = F.softplus(z).sub_(z, alpha=SLOPE).sub_(offset + SLOPE * shift) if grad is None else z.sigmoid_().sub_(SLOPE).mul_(grad)
         return whole.to(x.dtype)
@@ -68,6 +73,20 @@ def _blocks(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tens
     else:
         loops.backward(x, grad, out, shift)
     return out
+
+
+def from_k2(k2: Any, x: Tensor, grad: Tensor | None, shift: float) -> Tensor:
+    """`_blocks` by k2's kernels, which compute in float32; its own gradient, rounded to 8 bits, is not used.
+
+    Args:
+        k2: the module.
+    """
+    letter = "l" if shift == LEFT[0] else "r"
+    if grad is None:
+        value: Tensor = getattr(k2, f"swoosh_{letter}_forward")(x)
+        return value.to(x.dtype)
+    derivative: Tensor = getattr(k2, f"swoosh_{letter}_forward_and_deriv")(x)[1]
+    return derivative.mul_(grad).to(x.dtype)
 
 
 def _in_torch(x: Tensor, grad: Tensor | None, out: Tensor, shift: float, offset: float) -> None:
@@ -94,28 +113,38 @@ def _full(x: Tensor) -> Tensor:
 
 
 def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _Swoosh.apply(x, shift, offset)
-        return result
+    if is_compiling() and x.device.type == "cpu":
+        opaque: Tensor = torch.ops.spear.swoosh(x, shift, offset)
+        return opaque
     if is_tracing():
         full = _full(x)
         return (F.softplus(full - shift) - SLOPE * full - offset).to(x.dtype)
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _Swoosh.apply(x, shift, offset)
+        return result
     return _blocks(x, None, shift, offset)
 
 
-def swoosh_l(x: Tensor) -> Tensor:
-    """``softplus(x - 4) - 0.08 x - 0.035`` (Zipformer, arXiv 2310.11230, section 3.4); any shape, same dtype."""
-    return _swoosh(x, 4.0, 0.035)
+class Swoosh(NamedTuple):
+    """``softplus(x - shift) - 0.08 x - offset`` (Zipformer, arXiv 2310.11230, section 3.4); any shape, same type."""
+
+    shift: float
+    offset: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to x, with a gradient."""
+        return _swoosh(x, self.shift, self.offset)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Apply to x, without a gradient."""
+        return _blocks(x, None, self.shift, self.offset)
+
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """`grad` times the derivative at x; both of one shape and type."""
+        return _blocks(x, grad, self.shift, 0.0)
 
 
-def swoosh_l_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    """`grad` times the derivative of `swoosh_l` at x; both of one shape and dtype."""
-    return _blocks(x, grad, 4.0, 0.0)
-
-
-def swoosh_r(x: Tensor) -> Tensor:
-    """``softplus(x - 1) - 0.08 x - 0.313261687`` (Zipformer, section 3.4); any shape, same dtype."""
-    return _swoosh(x, 1.0, 0.313261687)
+swoosh_l, swoosh_r = Swoosh(*LEFT), Swoosh(*RIGHT)
 
 
 class SwooshR(nn.Module):

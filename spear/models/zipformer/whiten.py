@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spear.models.tracing import is_compiling
 from spear.models.zipformer.chance import happens
 from spear.models.zipformer.scheduled_float import Schedule, ScheduledModule
 
@@ -14,20 +15,31 @@ LOW_PROB, HIGH_PROB = 0.025, 0.25
 _FLOOR = 1e-20
 
 
-def _covariance(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centred frames (G, n, c), covariance (G, c, c) without the count, metric (), mean of the covariance's diagonal ()."""
+def _centred(x: Tensor, num_groups: int) -> Tensor:
+    """x (..., C) as float32 frames (G, n, c) without their mean."""
     frames = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1).float()
-    frames = frames - frames.mean(dim=1, keepdim=True)
-    covariance = frames.transpose(1, 2) @ frames
-    diagonal = covariance.diagonal(dim1=1, dim2=2).mean()
-    metric = covariance.square().sum() / x.shape[-1] / (diagonal.square() + _FLOOR)
-    return frames, covariance, metric, diagonal
+    return frames - frames.mean(dim=1, keepdim=True)
+
+
+def _products(frames: Tensor) -> Tensor:
+    """Products of the channels (G, c, c), or where the frames are fewer than the channels those of the frames (G, n, n).
+
+    Both have the same trace and the same sum of squares, and ``frames @ (F' F) = (F F') @ frames``.
+    """
+    other = frames.transpose(1, 2)
+    return frames @ other if frames.shape[1] < frames.shape[2] else other @ frames
+
+
+def _metric(products: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """The metric () and the mean of the covariance's diagonal (), without the count of frames."""
+    diagonal = products.diagonal(dim1=1, dim2=2).sum() / channels
+    return products.square().sum() / channels / (diagonal.square() + _FLOOR), diagonal
 
 
 def whitening_metric(x: Tensor, num_groups: int) -> Tensor:
     """How far the channels of `x` (..., C) are from white: mean of squared eigenvalues over squared mean eigenvalue, >= 1."""
     with torch.autocast(x.device.type, enabled=False):
-        return _covariance(x, num_groups)[2]
+        return _metric(_products(_centred(x, num_groups)), x.shape[-1])[0]
 
 
 class _Whitening(torch.autograd.Function):
@@ -40,20 +52,26 @@ class _Whitening(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        module: Whiten = ctx.module
-        with torch.autocast(x.device.type, enabled=False):
-            frames, covariance, metric, diagonal = _covariance(x, module.num_groups)
-            above = metric >= ctx.limit
-            module.report(above)
-            if x.device.type == "cpu" and not above:
-                return grad, None, None
-            # d metric / d frames is a positive multiple of frames @ pull
-            pull = covariance - metric * diagonal * torch.eye(covariance.shape[-1], device=x.device)
-            size = ((pull @ covariance) * pull).sum().clamp(min=0.0).sqrt()
-            scale = module.grad_scale * torch.linalg.vector_norm(grad, dtype=torch.float32) / (size + _FLOOR)
-            push = frames @ (pull * torch.where(above, scale, 0.0))
-            push = push.transpose(0, 1).reshape(x.shape)
-        return (grad + push).to(grad.dtype), None, None
+        return whitened_gradient(x, grad, ctx.module, ctx.limit), None, None
+
+
+def whitened_gradient(x: Tensor, grad: Tensor, module: Whiten, limit: float) -> Tensor:
+    """The gradient of x behind `module`, given that of its output; the module hears whether the limit was reached."""
+    with torch.autocast(x.device.type, enabled=False):
+        frames = _centred(x, module.num_groups)
+        products = _products(frames)
+        metric, diagonal = _metric(products, x.shape[-1])
+        above = metric >= limit
+        module.report(above)
+        if x.device.type == "cpu" and not above:
+            return grad
+        # d metric / d frames is a positive multiple of frames @ (covariance - metric * diagonal * identity)
+        pull = products - metric * diagonal * torch.eye(products.shape[-1], device=x.device)
+        push = pull @ frames if frames.shape[1] < frames.shape[2] else frames @ pull
+        size = torch.linalg.vector_norm(push)
+        push *= torch.where(above, module.grad_scale * torch.linalg.vector_norm(grad, dtype=torch.float32) / (size + _FLOOR), 0.0)
+        push = push.transpose(0, 1).reshape(x.shape)
+    return push.add_(grad).to(grad.dtype)
 
 
 class Whiten(ScheduledModule):
@@ -68,18 +86,29 @@ class Whiten(ScheduledModule):
         self.limit, self.num_groups, self.grad_scale = limit, num_groups, grad_scale
         self._prob = HIGH_PROB
         self._above: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
 
     @property
     def prob(self) -> float:
-        """Share of the calls at present; reads the last report only now, so that the backward pass never waits for a GPU."""
+        """Share of the calls at present; reads the last report only now, when a GPU has long sent it."""
         if self._above is not None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
             self._prob = HIGH_PROB if bool(self._above) else LOW_PROB
-            self._above = None
+            self._above = self._arrived = None
         return self._prob
 
+    def pull(self, x: Tensor, grad: Tensor) -> Tensor:
+        """See ScheduledModule."""
+        return whitened_gradient(x, grad, self, self.value(self.limit)) if happens(self.prob) else grad
+
     def report(self, above: Tensor) -> None:
-        """Take note whether the metric reached the limit; () bool."""
-        self._above = above
+        """Take note whether the metric reached the limit; () bool. A GPU sends it on its own time."""
+        self._above, self._arrived = above, None
+        if above.device.type == "cuda":
+            self._above = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(above, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()  # type: ignore[no-untyped-call]
 
     def training_state(self) -> float:
         """The state a checkpoint must keep."""
@@ -87,10 +116,12 @@ class Whiten(ScheduledModule):
 
     def load_training_state(self, value: float) -> None:
         """Continue from a checkpoint's `training_state`."""
-        self._prob, self._above = value, None
+        self._prob, self._above, self._arrived = value, None, None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x of shape (..., C)."""
+        if is_compiling():
+            return self.deferred(x) if self.training and x.requires_grad else x
         if not (self.training and x.requires_grad and torch.is_grad_enabled() and happens(self.prob)):
             return x
         result: Tensor = _Whitening.apply(x, self, self.value(self.limit))

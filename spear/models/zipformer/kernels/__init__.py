@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
+import logging
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from spear.native import load
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -44,6 +49,18 @@ def swoosh_loops() -> SwooshLoops | None:
 @functools.cache
 def _wrap(library: ctypes.CDLL) -> SwooshLoops:
     return SwooshLoops(library)
+
+
+@functools.cache
+def k2_kernels() -> ModuleType | None:
+    """The module k2, whose Swoosh kernels run on a GPU; None where it is not installed or cannot be loaded, and nothing needs it."""
+    if importlib.util.find_spec("k2") is None:
+        return None
+    try:
+        return importlib.import_module("k2")
+    except (ImportError, OSError) as error:
+        logger.warning("k2 is installed, but cannot be loaded, so Swoosh runs in torch: %s", error)
+        return None
 
 
 class DepthwiseLoop:

@@ -1,0 +1,177 @@
+"""Labelled cuts as batches: a pure function of the manifests, the settings and the number of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spear.data.audio import Audio, load_audio
+from spear.data.fbank import SAMPLE_RATE, fbank_batch
+from spear.data.loader import ordered_loader
+from spear.data.sampler import BatchPlan, Lengths, SamplingConfig, valid_batches
+from spear.files import seed_from
+from spear.types import Batch
+
+PAD = -1
+"""Fills targets of different lengths."""
+
+
+@dataclass(slots=True)
+class LabelledBatch(Batch):
+    """A batch with targets: (N, U) int64 symbols padded with PAD and their numbers (N,), (N, K) float32 shares, or (N,) int64 classes."""
+
+    labels: Tensor = field(default_factory=lambda: torch.zeros(0))
+    label_lens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def to(self, device: object) -> LabelledBatch:
+        """See Batch; waveforms and tokens are not there."""
+        moved: list[Tensor] = [
+            x.to(device, non_blocking=True)  # type: ignore[call-overload]
+            for x in (self.features, self.feature_lens, self.labels, self.label_lens)
+        ]
+        return LabelledBatch(self.ids, self.domains, moved[0], moved[1], self.seconds, labels=moved[2], label_lens=moved[3])
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A cut with its target (see `FinetuneTaskConfig.encode`) and the number of its corpus."""
+
+    cut: Cut
+    target: NDArray[Any]
+    corpus: int = 0
+
+    @property
+    def samples(self) -> int:
+        """At 16 kHz."""
+        return round(float(self.cut.duration) * SAMPLE_RATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixup:
+    """See `MixupConfig`."""
+
+    prob: float
+    alpha: float
+
+
+def make_batch(examples: Sequence[Example], num_mel_bins: int, mixup: Mixup | None = None, seed: int = 0, g: int = 0) -> LabelledBatch:
+    """Read, mix and pad.
+
+    Args:
+        examples: at least one. num_mel_bins: F. mixup: mix pairs of this batch. seed, g: decide which.
+    Raises:
+        DataError: a cut cannot be read.
+    """
+    waves = [load_audio(example.cut) for example in examples]
+    targets = [example.target for example in examples]
+    if mixup is not None and mixup.prob > 0 and len(examples) > 1:
+        waves, targets = mix_pairs(waves, targets, mixup, np.random.Generator(np.random.Philox(seed_from(seed, "mixup", g))))
+    lens = torch.tensor([len(wave) for wave in waves], dtype=torch.int64)
+    audio = torch.zeros(len(waves), int(lens.max()))
+    for row, wave in zip(audio, waves):
+        row[: len(wave)] = torch.from_numpy(wave)
+    features, feature_lens = fbank_batch(audio, lens, num_mel_bins)
+    labels, label_lens = _padded(targets)
+    cuts = [example.cut for example in examples]
+    domains = [str((cut.custom or {}).get("domain", "")) for cut in cuts]
+    return LabelledBatch(
+        [cut.id for cut in cuts], domains, features, feature_lens, float(lens.sum()) / SAMPLE_RATE, labels=labels, label_lens=label_lens
+    )
+
+
+def mix_pairs(waves: list[Audio], targets: list[NDArray[Any]], mixup: Mixup, rng: np.random.Generator) -> tuple[list[Audio], list[NDArray[Any]]]:
+    """x <- share x + (1 - share) y for waveforms and targets; y is another item of the batch, repeated or cut to the length of x."""
+    partners = (np.arange(len(waves)) + rng.integers(1, len(waves))) % len(waves)
+    shares = rng.beta(mixup.alpha, mixup.alpha, len(waves))
+    shares = np.where(rng.random(len(waves)) < mixup.prob, shares, 1.0).astype(np.float32)
+    mixed = [x if s == 1 else s * x + (1 - s) * np.resize(waves[p], len(x)) for x, s, p in zip(waves, shares, partners)]
+    return mixed, [t if s == 1 else s * t + (1 - s) * targets[p] for t, s, p in zip(targets, shares, partners)]
+
+
+def _padded(targets: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
+    lens = torch.tensor([target.size for target in targets], dtype=torch.int64)
+    if targets[0].ndim == 0 or targets[0].dtype.kind == "f":
+        return torch.from_numpy(np.stack(targets)), lens
+    rows = torch.full((len(targets), max(1, int(lens.max()))), PAD, dtype=torch.int64)
+    for row, target in zip(rows, targets):
+        row[: target.size] = torch.from_numpy(target)
+    return rows, lens
+
+
+class LabelledSource:
+    """Endless training batches; a `BatchSource` of the trainer.
+
+    Args:
+        examples: at least one. weights: of the corpora. draws: (M,) relative frequency of each example; None: all alike.
+        sampling: see SamplingConfig. seed: of the order and of mixup.
+    Raises:
+        ConfigError: the sampling cannot be met.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        weights: Sequence[float],
+        sampling: SamplingConfig,
+        seed: int,
+        *,
+        num_mel_bins: int,
+        draws: NDArray[np.float64] | None = None,
+        mixup: Mixup | None = None,
+    ) -> None:
+        self.sampling, self.seed, self.num_mel_bins, self.mixup = sampling, seed, num_mel_bins, mixup
+        chosen = list(examples) if draws is None else [examples[i] for i in systematic(draws)]
+        self.rows = [[example for example in chosen if example.corpus == corpus] for corpus in range(len(weights))]
+        lengths = [
+            Lengths(str(i), np.asarray([example.samples for example in row], dtype=np.int64), weight)
+            for i, (row, weight) in enumerate(zip(self.rows, weights))
+        ]
+        self.plan = BatchPlan([length for length in lengths if len(length.samples)], sampling, seed)
+        self.rows = [row for row in self.rows if row]
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """See BatchSource."""
+        return self.plan.batches_per_epoch
+
+    def batch(self, g: int) -> LabelledBatch:
+        """Batch `g`, g = 0, 1, ..."""
+        return make_batch([self.rows[corpus][cut] for corpus, cut in self.plan.batch(g)], self.num_mel_bins, self.mixup, self.seed, g)
+
+    def iterate(self, start: int, stride: int) -> Iterator[Batch]:
+        """See BatchSource."""
+        return ordered_loader(self.batch, range(start, 2**62, stride), self.sampling.num_workers, self.sampling.prefetch)
+
+
+class LabelledSet:
+    """Every example once, short ones first; a `ValidSource` of the trainer."""
+
+    def __init__(self, examples: Sequence[Example], sampling: SamplingConfig, *, num_mel_bins: int) -> None:
+        self.examples, self.sampling, self.num_mel_bins = list(examples), sampling, num_mel_bins
+        lengths = [np.asarray([example.samples for example in self.examples], dtype=np.int64)]
+        self._batches = valid_batches(lengths, sampling.max_batch_s)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def batch(self, g: int) -> LabelledBatch:
+        """Batch `g`, 0 to len - 1."""
+        return make_batch([self.examples[cut] for _, cut in self._batches[g]], self.num_mel_bins)
+
+    def iterate(self, rank: int, world: int) -> Iterator[Batch]:
+        """See ValidSource."""
+        return ordered_loader(self.batch, range(rank, len(self), world), self.sampling.num_workers, self.sampling.prefetch)
+
+
+def systematic(weights: NDArray[np.float64]) -> list[int]:
+    """Draw as many indexes as there are weights, index i about ``M w_i / sum(w)`` times: at equal steps along the summed weights."""
+    ends = np.cumsum(weights / weights.sum()) * len(weights)
+    found: list[int] = np.searchsorted(ends, np.arange(len(weights)) + 0.5).clip(max=len(weights) - 1).tolist()
+    return found

@@ -1,0 +1,161 @@
+"""`spear finetune` from labelled cuts to scores, stopped and continued, for every task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spear.commands import finetune as command
+from spear.commands.finetune import finetune
+from spear.errors import ArtifactError, CheckpointError, DataError
+from spear.export import load_encoder, save_encoder
+from spear.files import read_json, read_tensors
+from spear.finetune import load_finetuned
+from tests.data.cuts import cut_of, save, tone, write_cuts
+from tests.export.tiny import tiny_encoder
+
+HZ = {"low": 300.0, "high": 2400.0}
+TASKS = {
+    "ctc": "{type: ctc, dropout: 0.0}",
+    "tagging": "{type: tagging, balance: true}",
+    "classification": "{type: classification}",
+    "verification": "{type: verification, dim: 8, hidden: 8}",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tones of two pitches, by two speakers, with their names as text and label; an encoder to start from."""
+    folder = tmp_path_factory.mktemp("finetune")
+    manifests: dict[str, str] = {}
+    for split, count in (("train", 8), ("valid", 4), ("test", 4)):
+        cuts = []
+        for i in range(count):
+            name = ("low", "high")[i % 2]
+            path = save(folder / split / f"{split}{i}.wav", tone(0.6 + 0.05 * i, hz=HZ[name]))
+            cut = cut_of(path, speaker=name)
+            cut.supervisions[0].text = name
+            cut.supervisions[0].custom = {"label": name}
+            cuts.append(cut)
+        manifests[split] = write_cuts(folder / f"{split}.jsonl.gz", cuts)
+    paths = ", ".join(f"{split}: {path}" for split, path in manifests.items())
+    (folder / "corpora.yaml").write_text(f"corpora:\n  - {{name: tones, domain: audio, source: {{type: cuts, {paths}}}}}\n")
+    encoder = tiny_encoder()
+    save_encoder(folder / "encoder", encoder.encoder, encoder.student, {})
+    return folder
+
+
+def recipe(folder: Path, task: str, **changes: Any) -> Path:
+    training = {"max_steps": 6, "log_every": 2, "validate_every": 3, "save_every": 3, "average_period": 1, "precision": "fp32", **changes}
+    lines = "".join(f"  {key}: {value}\n" for key, value in training.items())
+    text = f"task: {TASKS[task]}\nencoder: {{init_from: encoder, layers: weighted, frozen_steps: 2}}\nsampling: {{max_batch_s: 4}}\n"
+    path = folder / f"{task}.yaml"
+    path.write_text(f"{text}average_share: 0.5\ntraining:\n{lines}  optimizer: {{type: adamw, lr: 0.01}}\n  schedule: {{type: constant}}\n")
+    return path
+
+
+def run(place: Path, task: str, exp: Path, overrides: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
+    finetune(recipe(exp.parent, task, **changes), place / "corpora.yaml", place, exp, overrides)
+    found: dict[str, Any] = read_json(exp / "scores.json")
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_finetune_trains_exports_and_scores(place: Path, tmp_path: Path, task: str) -> None:
+    scores = run(place, task, tmp_path / "exp")
+    assert scores["metric"] == {"ctc": "WER", "tagging": "mAP", "classification": "accuracy", "verification": "EER"}[task]
+    assert (scores["split"], scores["train_cuts"], scores["updates"]) == ("test", 8, 6)
+    assert 0 <= scores["value"] <= 2
+    assert scores["metric"] in (tmp_path / "exp" / "report.md").read_text()
+    assert read_json(tmp_path / "exp" / "artifact.json")["extra"]["value"] == scores["value"]
+    model = load_finetuned(tmp_path / "exp" / "export")
+    (answer,) = model(torch.from_numpy(tone(0.7, hz=300.0)))
+    assert isinstance(answer, str) if task == "ctc" else answer.shape == ((8,) if task == "verification" else (2,))
+    assert load_encoder(tmp_path / "exp" / "export").dim == tiny_encoder().dim
+
+
+def test_finetune_predicts_the_same_from_its_folder(place: Path, tmp_path: Path) -> None:
+    run(place, "classification", tmp_path / "exp")
+    model = load_finetuned(tmp_path / "exp" / "export")
+    (probabilities,) = model(torch.from_numpy(tone(0.65, hz=2400.0)))
+    assert model.inventory == {"classes": ["high", "low"]}
+    assert probabilities.sum() == pytest.approx(1.0, abs=1e-5)
+    head = read_tensors(tmp_path / "exp" / "export" / "head.safetensors")
+    np.testing.assert_array_equal(model.head.output.weight.detach().numpy(), head["output.weight"].numpy())
+
+
+def test_finetune_learns_to_tell_tones_apart(place: Path, tmp_path: Path) -> None:
+    settings = ("encoder.frozen_steps=0", "encoder.lr_scale=1.0", "training.optimizer.lr=0.001")
+    scores = run(place, "classification", tmp_path / "exp", settings, max_steps=40)
+    assert scores["value"] == 1.0
+
+
+def test_finetune_that_was_stopped_ends_in_the_same_weights(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("whole", "parts"):
+        (tmp_path / kind).mkdir()
+    run(place, "tagging", tmp_path / "whole" / "exp", ("mixup.prob=0.5",))
+
+    with monkeypatch.context() as patch:
+        save_checkpoint = command.Trainer._save
+
+        def save_then_stop(self: Any) -> None:
+            save_checkpoint(self)
+            if self.state.step == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr(command.Trainer, "_save", save_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(place, "tagging", tmp_path / "parts" / "exp", ("mixup.prob=0.5",))
+    run(place, "tagging", tmp_path / "parts" / "exp", ("mixup.prob=0.5",))
+    for name in ("model.safetensors", "head.safetensors"):
+        whole, parts = (read_tensors(tmp_path / kind / "exp" / "export" / name) for kind in ("whole", "parts"))
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_finetune_does_nothing_when_finished_and_refuses_other_settings(place: Path, tmp_path: Path) -> None:
+    run(place, "classification", tmp_path / "exp")
+    before = (tmp_path / "exp" / "artifact.json").read_bytes()
+    run(place, "classification", tmp_path / "exp")
+    assert (tmp_path / "exp" / "artifact.json").read_bytes() == before
+    with pytest.raises(ArtifactError, match=r"seed` was 0, is 1"):
+        run(place, "classification", tmp_path / "exp", ("seed=1",))
+
+
+def test_finetune_from_random_weights_takes_the_network_alone(place: Path, tmp_path: Path) -> None:
+    scores = run(place, "classification", tmp_path / "exp", ("encoder.random=true", "encoder.lr_scale=0", "encoder.frozen_steps=0"))
+    assert scores["encoder"] == "random"
+    trained, start = (read_tensors(folder / "model.safetensors") for folder in (tmp_path / "exp" / "export", place / "encoder"))
+    assert trained.keys() == start.keys()
+    name = next(key for key in trained if key.endswith("encoder_embed.out.weight"))
+    assert not torch.equal(trained[name], start[name])
+
+
+def test_finetune_max_train_cuts_hold_those_of_fewer(place: Path, tmp_path: Path) -> None:
+    from spear.config import load_config
+    from spear.data.corpora import CorporaConfig
+    from spear.finetune.config import FinetuneRecipe
+
+    run(place, "classification", tmp_path / "exp")
+    corpora = list(load_config(CorporaConfig, place / "corpora.yaml").corpora)
+
+    def chosen(count: int) -> set[str]:
+        loaded = load_config(FinetuneRecipe, recipe(tmp_path, "verification"), [f"max_train_cuts={count}"])
+        labelled = command.read_labelled(command.FinetuneRun(loaded, corpora, place, tmp_path))
+        return {example.cut.id for example in labelled.train}
+
+    assert len(chosen(4)) == 4
+    assert chosen(4) < chosen(6)
+
+
+def test_finetune_raises_data_error_when_nothing_is_labelled(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no train cut is labelled \(it needs the label `mood`\)"):
+        run(place, "classification", tmp_path / "exp", ("task.label_field=mood",))
+
+
+def test_load_finetuned_raises_checkpoint_error_when_there_is_no_head(place: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no fine-tuned head"):
+        load_finetuned(place / "encoder")

@@ -1,0 +1,197 @@
+"""Heads and their parts: margins, pooling, mixing of layers and labels, learning rates, the frozen start."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spear.errors import ConfigError, DataError
+from spear.finetune.batch import LabelledBatch, Mixup, mix_pairs, systematic
+from spear.finetune.config import StartConfig
+from spear.finetune.layers import AttentiveStatistics, LayerMix, layers_of, set_rates
+from spear.finetune.model import make_module, starting_encoder, starting_source
+from spear.finetune.tasks.base import Prediction, inverse_frequency, masked_mean
+from spear.finetune.tasks.classification import ClassificationConfig
+from spear.finetune.tasks.ctc import CTCConfig
+from spear.finetune.tasks.tagging import TaggingConfig
+from spear.finetune.tasks.verification import SpeakerConfig, aam_logits
+from spear.models.masking import MaskConfig
+from spear.training.optim.base import parameter_groups
+from spear.types import EncoderOutput
+from tests.export.tiny import tiny_config
+
+MASKING = MaskConfig(time_prob=0.0, channel_prob=0.0, min_time_masks=0)
+
+
+def batch(labels: torch.Tensor, label_lens: torch.Tensor | None = None, frames: int = 60) -> LabelledBatch:
+    n = len(labels)
+    torch.manual_seed(0)
+    lens = torch.full((n,), frames)
+    found = label_lens if label_lens is not None else torch.ones(n, dtype=torch.int64)
+    return LabelledBatch([str(i) for i in range(n)], [""] * n, torch.randn(n, frames, 128), lens, 1.0, labels=labels, label_lens=found)
+
+
+def module(task: Any, inventory: dict[str, Any], **changes: Any) -> Any:
+    start = StartConfig(student=tiny_config(), **changes)
+    encoder, _ = starting_encoder(start, None, 0)
+    return make_module(start, encoder, MASKING, task, inventory, 0)
+
+
+def test_aam_logits_add_the_margin_to_the_angle_of_the_wanted_class() -> None:
+    angles = torch.tensor([[0.5, 1.2], [2.0, 0.3]])
+    logits = aam_logits(angles.cos(), torch.tensor([0, 1]), margin=0.2, scale=30.0)
+    expected = 30 * torch.tensor([[math.cos(0.7), math.cos(1.2)], [math.cos(2.0), math.cos(0.5)]])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_aam_logits_keep_falling_past_the_half_turn() -> None:
+    cosines = torch.linspace(-1, 1, 201)[:, None].expand(-1, 2)
+    logits = aam_logits(cosines, torch.zeros(201, dtype=torch.int64), margin=0.5, scale=1.0)[:, 0]
+    assert bool((logits[1:] > logits[:-1]).all())
+
+
+def test_attentive_statistics_ignore_padding_and_start_from_the_moments() -> None:
+    torch.manual_seed(0)
+    pool = AttentiveStatistics(4, 8)
+    frames, lens = torch.randn(2, 9, 4), torch.tensor([9, 5])
+    found = pool(frames, lens)
+    changed = frames.clone()
+    changed[1, 5:] = 100.0
+    torch.testing.assert_close(pool(changed, lens), found)
+    with torch.no_grad():
+        pool.outer.weight.zero_()
+        pool.outer.bias.zero_()
+    mean, deviation = pool(frames, lens)[1].chunk(2)
+    torch.testing.assert_close(mean, frames[1, :5].mean(0))
+    torch.testing.assert_close(deviation, frames[1, :5].std(0, unbiased=False))
+
+
+def test_masked_mean_is_that_of_the_valid_frames() -> None:
+    frames = torch.randn(2, 6, 3)
+    torch.testing.assert_close(masked_mean(frames, torch.tensor([6, 2]))[1], frames[1, :2].mean(0))
+
+
+def test_layer_mix_weighs_standardised_layers_and_joins_rates() -> None:
+    mix = LayerMix(4, [2, 4], "weighted")
+    narrow, wide = torch.randn(1, 5, 2), torch.randn(1, 5, 4)
+    frames, _ = mix(EncoderOutput(torch.zeros(1, 5, 4), torch.tensor([5]), (narrow, wide)))
+    wanted = torch.nn.functional.layer_norm(wide, (4,)) / 2
+    wanted[..., :2] += torch.nn.functional.layer_norm(narrow, (2,)) / 2
+    torch.testing.assert_close(frames, wanted)
+    fast = torch.randn(1, 5, 4)
+    last = torch.cat([fast, fast[:, -1:]], dim=1).unflatten(1, (3, 2)).mean(2)
+    frames, _ = LayerMix(4, [4], "weighted")(EncoderOutput(torch.zeros(1, 3, 4), torch.tensor([3]), (fast,)))
+    torch.testing.assert_close(frames, torch.nn.functional.layer_norm(last, (4,)))
+
+
+def test_set_rates_decay_from_the_last_layer_to_the_front_end() -> None:
+    encoder = tiny_config().build()
+    set_rates(encoder, 0.5, 0.8)
+    first, second = layers_of(encoder)
+    rates = {id(p): group["lr"] for group in parameter_groups(encoder, 1.0) for p in group["params"]}
+    assert rates[id(second.norm.bias)] == pytest.approx(0.5)
+    assert rates[id(first.norm.bias)] == pytest.approx(0.4)
+    assert rates[id(encoder.encoder_embed.out.bias)] == pytest.approx(0.32)
+    assert rates[id(encoder.mask_emb)] == pytest.approx(0.5)
+
+
+def test_set_rates_of_zero_freeze_the_encoder() -> None:
+    network = module(ClassificationConfig(), {"classes": ["a", "b"]}, lr_scale=0.0)
+    assert not any(p.requires_grad for p in network.student.parameters())
+    assert all(p.requires_grad for p in network.objective.parameters())
+
+
+def test_frozen_start_gives_the_encoder_no_gradient_until_it_ends() -> None:
+    network = module(ClassificationConfig(), {"classes": ["a", "b"]}, frozen_steps=2)
+    labels = batch(torch.tensor([0, 1]))
+    network.after_step(1)
+    network(labels, None).loss.backward()
+    assert all(p.grad is None for p in network.student.parameters())
+    assert network.objective.output.weight.grad is not None
+    other = module(ClassificationConfig(), {"classes": ["a", "b"]}, frozen_steps=2)
+    other.load_training_state(network.training_state())
+    assert other.updates == 1
+    network.after_step(2)
+    network(labels, None).loss.backward()
+    assert network.student.encoder.encoder_embed.out.weight.grad is not None
+
+
+def test_ctc_loss_leaves_out_texts_that_are_too_long() -> None:
+    task = CTCConfig(dropout=0.0)
+    network = module(task, task.inventory(["ab"]))
+    symbols = torch.ones(2, 40, dtype=torch.int64)
+    out = network(batch(symbols, torch.tensor([2, 40])), None)
+    assert int(out.count) == 2
+    assert out.metrics["too_long"].tolist() == [1.0, 2.0]
+    assert math.isfinite(out.loss.item())
+
+
+def test_ctc_score_counts_words_and_characters() -> None:
+    task = CTCConfig()
+    head = task.build(8, LayerMix(8, [8], "last"), task.inventory(["ab c"]))
+    found = head.score([Prediction("x", "ab c"), Prediction("y", "ab")], {"x": "ab c", "y": "ab c"})
+    assert (found["value"], found["deletions"], found["texts_right"]) == (0.25, 1, 0.5)
+    assert found["cer"] == pytest.approx(2 / 8)
+
+
+def test_tagging_score_is_mean_average_precision() -> None:
+    task = TaggingConfig()
+    head = task.build(8, LayerMix(8, [8], "last"), {"classes": ["a", "b"]})
+    scores = {"x": [0.9, 0.1], "y": [0.8, 0.7], "z": [0.1, 0.9]}
+    found = head.score([Prediction(name, np.array(value)) for name, value in scores.items()], {"x": "a", "y": "b", "z": "a;b"})
+    assert found["value"] == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)  # a: ranks 1 and 3 of x y z; b: ranks 1 and 2
+
+
+def test_verification_score_is_perfect_for_one_direction_per_speaker() -> None:
+    head = SpeakerConfig(dim=2).build(8, LayerMix(8, [8], "last"), {"classes": ["a", "b"]})
+    vectors = {"1": [1.0, 0.0], "2": [1.0, 0.0], "3": [0.0, 1.0], "4": [0.0, 1.0]}
+    labels = {"1": "p", "2": "p", "3": "q", "4": "q"}
+    predictions = [Prediction(name, np.array(value)) for name, value in vectors.items()]
+    assert head.score(predictions, labels)["value"] == 0.0
+    assert head.score(predictions, {"1": "p", "2": "q", "3": "p", "4": "q"})["value"] == pytest.approx(2 / 3)  # misses x meet false alarms 1 - x / 2
+    with pytest.raises(DataError, match="pairs of one speaker and of two"):
+        head.score(predictions, dict.fromkeys("1234", "p"))
+
+
+def test_mixup_mixes_waveforms_and_targets_with_one_share() -> None:
+    waves = [np.full(4, 1.0, np.float32), np.full(2, 3.0, np.float32)]
+    targets = [np.array([1.0, 0.0], np.float32), np.array([0.0, 1.0], np.float32)]
+    mixed, labels = mix_pairs(waves, targets, Mixup(1.0, 10.0), np.random.default_rng(0))
+    for wave, label, own, other in zip(mixed, labels, (1.0, 3.0), (3.0, 1.0)):
+        share = label[0 if own == 1.0 else 1]
+        assert 0 < share < 1
+        np.testing.assert_allclose(wave, share * own + (1 - share) * other, rtol=1e-6)
+    same, _ = mix_pairs(waves, targets, Mixup(0.0, 10.0), np.random.default_rng(0))
+    assert same[0] is waves[0]
+
+
+def test_draws_follow_the_weights() -> None:
+    weights = inverse_frequency([["a"]] * 6 + [["b"]] * 2)
+    drawn = systematic(weights)
+    assert len(drawn) == 8
+    assert sum(i >= 6 for i in drawn) == 4
+    assert systematic(np.ones(5)) == [0, 1, 2, 3, 4]
+
+
+def test_labels_are_found_where_they_stand() -> None:
+    part = SimpleNamespace(custom={"label": "dog"}, speaker="ann", text="b", start=1.0)
+    first = SimpleNamespace(custom=None, speaker="ann", text="A", start=0.0)
+    cut = SimpleNamespace(supervisions=[part, first], custom={"emotion": "calm"})
+    assert CTCConfig().label(cut) == "a b"
+    assert TaggingConfig().label(cut) == "dog"
+    assert SpeakerConfig().label(cut) == "ann"
+    assert ClassificationConfig(label_field="emotion").label(cut) == "calm"
+    assert ClassificationConfig(label_field="age").label(cut) is None
+
+
+def test_start_config_raises_config_error_when_two_networks_are_named() -> None:
+    with pytest.raises(ConfigError, match="has both"):
+        StartConfig(init_from="x", student=tiny_config())
+    with pytest.raises(ConfigError, match="neither is there"):
+        starting_source(StartConfig(), Path())

@@ -59,7 +59,7 @@ def encode_files(
     if window_s != 0 and window_s < 2 * OVERLAP_S:
         raise ConfigError(f"`window` must be 0 or at least {2 * OVERLAP_S:g} s, twice the overlap of windows, but is {window_s:g}")
     encoder = load_encoder(export)
-    _check_layer(encoder, layer, export)
+    check_layer(encoder, layer, export)
     make_folder(out)
     targets = output_names(files, out)
     facts = {"frame_rate_hz": np.float64(encoder.frame_rate_hz), "first_frame_s": np.float64(encoder.first_frame_s)}
@@ -108,7 +108,12 @@ def _source(path: Path) -> str | None:
         return None
 
 
-def _check_layer(encoder: AudioEncoder, layer: str | int, export: str | Path) -> None:
+def check_layer(encoder: AudioEncoder, layer: str | int, export: str | Path) -> None:
+    """Check a layer's number or word.
+
+    Raises:
+        ConfigError: there is no such layer, or all of them cannot be stacked.
+    """
     widths = encoder.encoder.layer_dims
     if isinstance(layer, int) and not 0 <= layer < encoder.num_layers:
         raise ConfigError(f"`layer` must be between 0 and {encoder.num_layers - 1}, but is {layer} ({export})")
@@ -124,14 +129,14 @@ def _encode(encoder: AudioEncoder, file: Path, layer: str | int, window_s: float
     recording = AudioFile(file, encoder.sample_rate)
     if window_s and len(recording) > LONG_S * encoder.sample_rate:
         for piece in encoder.iter_long(recording, window_s=window_s):
-            yield _select(piece, layer)
+            yield select(piece, layer)
     else:
         with torch.inference_mode():
             output = encoder(read_audio(file, encoder.sample_rate))
-        yield _select(output, layer)
+        yield select(output, layer)
 
 
-def _select(output: EncoderOutput, layer: str | int) -> _Array:
+def select(output: EncoderOutput, layer: str | int) -> _Array:
     """(T, D) or (L, T, D) float32 of the one item in `output`."""
     if layer == "all":
         return torch.stack([state[0] for state in output.hidden_states]).float().numpy()

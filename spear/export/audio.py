@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spear.data.fbank import HOP, fbank_batch
+from spear.data.fbank import HOP
+from spear.data.inputs import INPUTS
 from spear.errors import DataError
 from spear.models.base import Encoder
-from spear.types import LOG_EPSILON, EncoderOutput
+from spear.types import EncoderOutput
 
 MAX_ABS = 10.0
 """Largest absolute sample taken for audio in [-1, 1] with overshoot; integers by mistake lie far above."""
-SILENCE = math.log(2.0**-23)
-"""Log-mel value of digital silence (zipformer facts: the float32 epsilon is the floor)."""
 
 
 def min_samples(encoder: Encoder) -> int:
@@ -43,7 +42,7 @@ def encode_audio(encoder: Encoder, audio: Any, lens: Any = None) -> EncoderOutpu
     """
     audio, lens = check_audio(audio, lens, _weight(encoder).device)
     audio, lens = pad_short(audio, lens, min_samples(encoder))
-    features, feature_lens = fbank_batch(audio, lens, encoder.num_mel_bins)
+    features, feature_lens = INPUTS[encoder.reads].batch(audio, lens, encoder.num_mel_bins)
     return _encode(encoder, features, feature_lens)
 
 
@@ -63,13 +62,14 @@ def encode_features(encoder: Encoder, features: Any, lens: Any = None) -> Encode
     steps = torch.arange(features.shape[1], device=features.device)
     past = (steps >= lens[:, None])[:, :, None]  # (N, T, 1)
     _check_finite(features, past, "features")
-    features = features.masked_fill(past, LOG_EPSILON)
+    kind = INPUTS[encoder.reads]
+    features = features.masked_fill(past, kind.padding)
     least = encoder.min_fbank_frames
     if int(lens.min()) < least:
-        features = F.pad(features, (0, 0, 0, max(least - features.shape[1], 0)), value=LOG_EPSILON)
+        features = F.pad(features, (0, 0, 0, max(least - features.shape[1], 0)), value=kind.padding)
         steps = torch.arange(features.shape[1], device=features.device)
         fill = (steps >= lens[:, None]) & (steps < least)
-        features = features.masked_fill(fill[:, :, None], SILENCE)
+        features = features.masked_fill(fill[:, :, None], kind.silence)
         lens = lens.clamp(min=least)
     return _encode(encoder, features, lens)
 

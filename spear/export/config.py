@@ -7,6 +7,8 @@ from typing import Literal
 
 from spear.errors import ConfigError
 
+PRECISIONS = ("fp32", "fp16", "int8")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
@@ -21,8 +23,11 @@ class ExportConfig:
     average_share: float = 0.25
     """With ``use: average`` and no `start_step`: about this last share of the steps is averaged, from the checkpoint nearest to its start.
     Pre-training keeps that checkpoint, however few it keeps (`training.keep_checkpoints`)."""
-    format: Literal["hf", "icefall"] = "hf"
-    """``hf``: a model folder, ``EXP/export``; ``icefall``: beside it, a checkpoint that icefall loads, ``EXP/export_icefall/pretrained.pt``."""
+    format: Literal["hf", "icefall", "onnx", "torch"] = "hf"
+    """``hf``: a model folder, ``EXP/export``; beside it ``icefall``: a checkpoint that icefall loads, ``EXP/export_icefall/pretrained.pt``;
+    ``onnx``: files for ONNX Runtime, ``EXP/export_onnx``; ``torch``: a recorded program, ``EXP/export_torch/encoder.pt2``."""
+    precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
+    """With ``format: onnx``: which files are written."""
     name: str | None = None
     """Title of the model card; none: the name of the run's folder."""
     licence: str | None = None
@@ -34,6 +39,8 @@ class ExportConfig:
         for name, value in (("step", self.step), ("start_step", self.start_step)):
             if value is not None and value < 0:
                 raise ConfigError(f"`{name}` must be 0 or more, but is {value}")
+        if not self.precisions or not set(self.precisions) <= set(PRECISIONS):
+            raise ConfigError(f"`precisions` must be some of {', '.join(PRECISIONS)}, but is {', '.join(self.precisions) or 'empty'}")
         if not 0 < self.average_share <= 1:
             raise ConfigError(f"`average_share` must be more than 0 and at most 1, but is {self.average_share}")
         if self.start_step is not None and self.use != "average":

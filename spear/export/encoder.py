@@ -107,6 +107,7 @@ class AudioEncoder(nn.Module):
             grid=self.student.grid(),
             window_s=window_s,
             overlap_s=overlap_s,
+            reads=self.encoder.reads,
         )
 
     def stream(self, chunk_size: int | None = None, left_context_frames: int | None = None) -> AudioStream:

@@ -9,6 +9,7 @@ from typing import Any
 from spear.errors import CheckpointError
 from spear.models.base import StudentConfig
 from spear.models.conformer import ConformerConfig
+from spear.models.conv_transformer import ConvTransformerConfig
 from spear.models.transformer import TransformerConfig
 from spear.models.zipformer.config import ZipformerConfig, per_stack
 
@@ -16,7 +17,12 @@ MODEL_TYPE = "spear"
 PREFIX = "model."
 STUDENT_TYPE = "student_type"
 """Key that says what kind of network a folder holds; absent, as in released folders, it is a Zipformer."""
-STUDENTS: dict[str, type[StudentConfig]] = {"zipformer": ZipformerConfig, "conformer": ConformerConfig, "transformer": TransformerConfig}
+STUDENTS: dict[str, type[StudentConfig]] = {
+    "zipformer": ZipformerConfig,
+    "conformer": ConformerConfig,
+    "transformer": TransformerConfig,
+    "conv_transformer": ConvTransformerConfig,
+}
 """The kinds of networks that a folder can describe."""
 REQUIRED = (
     "downsampling_factor",

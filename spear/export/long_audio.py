@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spear.data.fbank import HOP, fbank, num_fbank_frames
+from spear.data.fbank import HOP, num_fbank_frames
+from spear.data.inputs import INPUTS, Input
 from spear.errors import ConfigError, DataError
 from spear.export.audio import check_audio
 from spear.models.base import FBANK_RATE_HZ
@@ -137,12 +138,14 @@ def encode_windows(
     grid: int,
     window_s: float = WINDOW_S,
     overlap_s: float = OVERLAP_S,
+    reads: str = "fbank",
 ) -> Iterator[EncoderOutput]:
     """Encode a recording window by window; the pieces joined are its frames.
 
     Args:
         encode: log-mels (1, T, F) -> output whose features and hidden states have one rate. samples: the recording.
         num_mel_bins: F. frame_rate_hz: of the output. grid: see `spear.models.base.StudentConfig.grid`. window_s, overlap_s: see above.
+        reads: kind of the encoder's input.
     Returns:
         pieces (1, T, D) in order, each made when it is asked for; memory holds one window, and no gradients.
     Raises:
@@ -154,11 +157,11 @@ def encode_windows(
     if not LEAST_OVERLAP_S <= overlap_s <= window_s / 2 or hop < grid:
         rule = f"at least {LEAST_OVERLAP_S:g}, at most half of `window_s` {window_s:g} and at least {grid / FBANK_RATE_HZ:g} less than it"
         raise ConfigError(f"`overlap_s` must be {rule}, but is {overlap_s:g}")
-    return _pieces(encode, samples, window, hop, grid, num_mel_bins, round(FBANK_RATE_HZ / frame_rate_hz))
+    return _pieces(encode, samples, window, hop, grid, (INPUTS[reads], num_mel_bins), round(FBANK_RATE_HZ / frame_rate_hz))
 
 
 def _pieces(
-    encode: Callable[[Tensor], EncoderOutput], samples: Samples, window: int, hop: int, grid: int, num_mel_bins: int, ratio: int
+    encode: Callable[[Tensor], EncoderOutput], samples: Samples, window: int, hop: int, grid: int, kind: tuple[Input, int], ratio: int
 ) -> Iterator[EncoderOutput]:
     frames = num_fbank_frames(len(samples))
     starts = window_starts(frames, window, hop, grid)
@@ -166,7 +169,7 @@ def _pieces(
     for i, start in enumerate(starts):
         is_last = i == len(starts) - 1
         with torch.no_grad():
-            output = encode(_log_mels(samples, start, frames if is_last else start + window, num_mel_bins)[None])
+            output = encode(_input_frames(samples, start, frames if is_last else start + window, *kind)[None])
         origin = start // ratio
         end = origin + output.features.shape[1]
         if not is_last:
@@ -175,11 +178,11 @@ def _pieces(
         begin = end
 
 
-def _log_mels(samples: Samples, start: int, stop: int, num_mel_bins: int) -> Tensor:
-    """(stop - start, F): the log-mel frames `start` to `stop` of the whole recording."""
+def _input_frames(samples: Samples, start: int, stop: int, kind: Input, num_mel_bins: int) -> Tensor:
+    """(stop - start, F): the input frames `start` to `stop` of the whole recording."""
     first = max(0, start - MARGIN)
     piece, _ = check_audio(samples.read(first * HOP, min(len(samples), (stop + MARGIN) * HOP)), None, torch.device("cpu"))
-    return fbank(piece[0], num_mel_bins)[start - first : stop - first]
+    return kind.make(piece[0], num_mel_bins)[start - first : stop - first]
 
 
 def _cut(output: EncoderOutput, begin: int, end: int) -> EncoderOutput:

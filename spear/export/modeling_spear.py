@@ -107,6 +107,7 @@ class SpearModel(PreTrainedModel):
             grid=self.config.student().grid(),
             window_s=window_s,
             overlap_s=overlap_s,
+            reads=self.model.reads,
         )
         return _output(join_pieces(pieces, hidden_states=False), return_middle_layers=False)
 

@@ -1,8 +1,9 @@
-"""Stage 6, ``export``: a run's checkpoints -> the encoder as a model folder, or as an icefall checkpoint."""
+"""Stage 6, ``export``: a run's checkpoints -> the encoder as a model folder, or in the format of another program."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from spear.config import to_json
 from spear.errors import ArtifactError, CheckpointError
 from spear.export.config import ExportConfig
-from spear.export.encoder import build_encoder, save_encoder
+from spear.export.encoder import AudioEncoder, build_encoder, save_encoder
 from spear.export.icefall import require_zipformer, save_icefall
-from spear.files import read_json, read_tensors, sha256_file
+from spear.files import read_json, read_tensors, sha256_file, void
 from spear.models.base import StudentConfig
 from spear.stages.artifact import DONE, Artifact
 from spear.teachers.base import TeacherConfig
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "student.encoder."
 """Where the encoder's weights lie in those of the module that was trained."""
-FOLDERS = {"hf": "export", "icefall": "export_icefall"}
+FOLDERS = {"hf": "export", "icefall": "export_icefall", "onnx": "export_onnx", "torch": "export_torch"}
 """Format -> folder below EXP. Each is an artifact of its own, and which one is wanted is no part of its identity."""
 ICEFALL = "pretrained.pt"
 FAR_OFF = 0.25
@@ -67,10 +68,10 @@ def run(run: Run) -> None:
     Raises:
         CheckpointError: there is no checkpoint, or not the one that `export` names, or it does not fit the recipe's student or the format.
     """
-    if run.recipe.export.format == "icefall":
-        require_zipformer(run.recipe.student)
-    choice, folder = choose(run.exp, run.recipe.export), run.exp / FOLDERS[run.recipe.export.format]
-    settings = {key: value for key, value in to_json(run.recipe.export).items() if key != "format"}
+    form = run.recipe.export.format
+    FORMATS[form].check(run)
+    choice, folder = choose(run.exp, run.recipe.export), run.exp / FOLDERS[form]
+    settings = {key: value for key, value in to_json(run.recipe.export).items() if key not in ("format", *FORMATS[form].ignored)}
     artifact = Artifact(
         folder,
         kind="export",
@@ -84,14 +85,77 @@ def run(run: Run) -> None:
         encoder = build_encoder(run.recipe.student, state, str(choice.end))
         seconds = read_state(choice.end).seconds
         checkpoint = {"step": choice.step, "weights": choice.text(), "hours_of_audio_heard": round(seconds / 3600, 3)}
-        if run.recipe.export.format == "icefall":
-            save_icefall(folder / ICEFALL, encoder.encoder, run.recipe.student)
-        else:
-            save_encoder(folder, encoder.encoder, run.recipe.student, card_info(run, checkpoint))
+        more = FORMATS[form].write(run, folder, encoder, checkpoint)
         record.counts.update(weights=len(state), parameters=sum(value.numel() for value in state.values()))
         record.audio_s = seconds
-        record.extra.update(step=choice.step, averaged=choice.averaged, start_step=choice.start_step if choice.averaged else None)
+        record.extra.update(step=choice.step, averaged=choice.averaged, start_step=choice.start_step if choice.averaged else None, **more)
     logger.info("export: %s, %s weights -> %s", choice.text(), f"{record.counts['parameters']:,}", folder)
+
+
+class Format(NamedTuple):
+    """How one format is written.
+
+    check: raises where it cannot be. write: (run, folder, encoder, facts of the checkpoint) -> what ``artifact.json`` says more.
+    ignored: settings that the files do not depend on.
+    """
+
+    check: Callable[[Run], None]
+    write: Callable[[Run, Path, AudioEncoder, dict[str, Any]], dict[str, Any]]
+    ignored: tuple[str, ...] = ("precisions",)
+
+
+def _write_hf(run: Run, folder: Path, encoder: AudioEncoder, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    save_encoder(folder, encoder.encoder, run.recipe.student, card_info(run, checkpoint))
+    return {}
+
+
+def _write_icefall(run: Run, folder: Path, encoder: AudioEncoder, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    del checkpoint
+    save_icefall(folder / ICEFALL, encoder.encoder, run.recipe.student)
+    return {}
+
+
+def _write_onnx(run: Run, folder: Path, encoder: AudioEncoder, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    from spear.export.onnx import write_onnx, write_parity
+    from spear.export.onnx_parity import check_onnx
+
+    del checkpoint
+    write_onnx(folder, encoder, run.recipe.export.precisions)
+    report = check_onnx(folder, encoder, run.recipe.export.precisions)
+    write_parity(folder, report)
+    return {"parity": _largest(report)}
+
+
+def _write_torch(run: Run, folder: Path, encoder: AudioEncoder, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    from spear.export.onnx import write_parity, write_program
+    from spear.export.onnx_parity import check_program
+
+    del run, checkpoint
+    write_program(folder, encoder)
+    report = check_program(folder, encoder)
+    write_parity(folder, report)
+    return {"parity": _largest(report)}
+
+
+def _largest(report: dict[str, Any]) -> dict[str, float]:
+    """File -> largest difference from torch."""
+    return {name: found["largest_difference"] for name, found in report.items()}
+
+
+def _check_onnx(run: Run) -> None:
+    from spear.export.onnx import require_onnx
+
+    del run
+    require_onnx()
+
+
+FORMATS: dict[str, Format] = {
+    "hf": Format(lambda run: None, _write_hf),
+    "icefall": Format(lambda run: void(require_zipformer(run.recipe.student)), _write_icefall),
+    "onnx": Format(_check_onnx, _write_onnx, ()),
+    "torch": Format(lambda run: None, _write_torch),
+}
+"""The formats by their names in `export.format`."""
 
 
 def choose(exp: Path, config: ExportConfig) -> Choice:

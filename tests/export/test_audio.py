@@ -9,8 +9,9 @@ import pytest
 import soundfile
 import torch
 
+from spear.data.inputs import SILENT_LOG_MEL
 from spear.errors import DataError
-from spear.export.audio import SILENCE, check_audio, check_lens, encode_features, min_samples, pad_short, read_audio, read_batch
+from spear.export.audio import check_audio, check_lens, encode_features, min_samples, pad_short, read_audio, read_batch
 from tests.export.tiny import tiny_encoder, tone
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def test_pad_short_fills_with_silence_and_leaves_long_audio() -> None:
 def test_encode_features_fills_short_input_with_the_log_mel_of_silence() -> None:
     encoder = tiny_encoder().encoder
     short = torch.randn(1, 4, 128)
-    filled = torch.cat([short, torch.full((1, 5, 128), SILENCE)], dim=1)
+    filled = torch.cat([short, torch.full((1, 5, 128), SILENT_LOG_MEL)], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(encode_features(encoder, short).features, encode_features(encoder, filled).features)
 

@@ -167,7 +167,7 @@ def test_saving_raises_checkpoint_error_when_a_weight_is_not_finite(tmp_path: Pa
 
 
 def test_writing_raises_checkpoint_error_when_student_is_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="must be of type zipformer, conformer, transformer to be exported, but is dict"):
+    with pytest.raises(CheckpointError, match="must be of type zipformer, .* to be exported, but is dict"):
         write_folder(tmp_path, tiny_encoder().encoder, {}, {})  # type: ignore[arg-type]
 
 

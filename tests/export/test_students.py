@@ -18,11 +18,17 @@ from spear.export.layout import STUDENTS, UNIFORM_REQUIRED, parse_student, stude
 from spear.files import read_json, read_tensors, write_json, write_tensors
 from spear.models.base import StudentConfig
 from spear.models.conformer import ConformerConfig
+from spear.models.conv_transformer import ConvTransformerConfig
 from spear.models.transformer import TransformerConfig
 from tests.export.tiny import tone
 
 SIZES: dict[str, Any] = {"conv_channels": (2, 3, 4), "num_layers": 2, "dim": 32, "num_heads": 4, "feedforward_dim": 48, "dropout": 0.25}
-CONFIGS: dict[str, StudentConfig] = {"conformer": ConformerConfig(kernel=7, **SIZES), "transformer": TransformerConfig(**SIZES)}
+CONV: dict[str, Any] = {"conv_dim": 8, "position_layers": 2, "position_kernel": 5, "position_groups": 4, "qkv_bias": True}
+CONFIGS: dict[str, StudentConfig] = {
+    "conformer": ConformerConfig(kernel=7, **SIZES),
+    "transformer": TransformerConfig(**SIZES),
+    "conv_transformer": ConvTransformerConfig(**CONV, **{key: value for key, value in SIZES.items() if key != "conv_channels"}),
+}
 kinds = pytest.mark.parametrize("kind", CONFIGS)
 CLIENT = """
 import importlib.abc, sys
@@ -112,7 +118,7 @@ def test_load_encoder_raises_checkpoint_error_when_student_is_of_an_unknown_kind
     encoder = encoder_of("conformer")
     save_encoder(tmp_path, encoder.encoder, encoder.student, {})
     write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json"), "student_type": "mamba"})
-    with pytest.raises(CheckpointError, match="`student_type` must be one of zipformer, conformer, transformer, but is 'mamba'"):
+    with pytest.raises(CheckpointError, match="`student_type` must be one of zipformer, conformer, transformer, conv_transformer, but is 'mamba'"):
         load_encoder(tmp_path)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spear.errors import ArtifactError, DataError
 from spear.files import sha256, sha256_json, write_json, write_tensors
+from spear.quantizers.frame_source import FrameSource
 from spear.quantizers.normalize import Normalizer
 from spear.registry import Registry
 
@@ -143,13 +144,26 @@ def check_fit_frames(train: Tensor, heldout: Tensor) -> None:
     Raises:
         DataError: they are not.
     """
-    for name, frames in (("training", train), ("held-out", heldout)):
-        if frames.dim() != 2 or frames.shape[1] != train.shape[-1]:
-            raise DataError(f"{name} frames must have shape (frames, {train.shape[-1]}), but have {tuple(frames.shape)}")
-        if not len(frames):
-            raise DataError(f"a quantizer needs {name} frames, but there are 0", cause="empty")
-        if not frames.isfinite().all():
-            raise DataError(f"{name} frames have non-finite values", cause="not_finite")
+    _check_frames("training", train, int(train.shape[-1]))
+    check_heldout(heldout, int(train.shape[-1]))
+
+
+def check_heldout(heldout: Tensor, dim: int) -> None:
+    """Held-out frames must be (H, D), finite, at least one.
+
+    Raises:
+        DataError: they are not.
+    """
+    _check_frames("held-out", heldout, dim)
+
+
+def _check_frames(name: str, frames: Tensor, dim: int) -> None:
+    if frames.dim() != 2 or frames.shape[1] != dim:
+        raise DataError(f"{name} frames must have shape (frames, {dim}), but have {tuple(frames.shape)}")
+    if not len(frames):
+        raise DataError(f"a quantizer needs {name} frames, but there are 0", cause="empty")
+    if not frames.isfinite().all():
+        raise DataError(f"{name} frames have non-finite values", cause="not_finite")
 
 
 def load_folder(folder: Path, kinds: dict[str, type[Quantizer]], state: dict[str, Tensor], config: Any) -> Quantizer:
@@ -206,3 +220,11 @@ class QuantizerConfig(Registry):
         Raises:
             DataError: too few frames, or non-finite ones.
         """
+
+    def fit_source(self, source: FrameSource, heldout: Tensor, *, seed: int, checkpoint: Path | None = None) -> Quantizer:
+        """Fit on the frames of `source`, which may lie on disk and be shared with other processes; all return the same.
+
+        Kinds that do not say otherwise read all frames into memory, in every process.
+        """
+        saved = checkpoint if source.rank == 0 else None
+        return self.fit(source.read(0, len(source)), heldout, seed=seed, checkpoint=saved)

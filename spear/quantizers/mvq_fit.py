@@ -10,12 +10,12 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from spear.errors import ConfigError, DataError
-from spear.files import sha256, sha256_json
-from spear.quantizers.base import QuantizerConfig, check_fit_frames
+from spear.files import sha256_json
+from spear.quantizers.base import QuantizerConfig, check_fit_frames, check_heldout
+from spear.quantizers.frame_source import FrameSource
 from spear.quantizers.mvq import MVQ, SearchMode, check_power_of_two
 from spear.quantizers.mvq_alternating import Settings, fit_alternating
 from spear.quantizers.mvq_reference import PHASE_TWO_SIZE, Schedule, fit_two_phase
-from spear.quantizers.normalize import Normalizer
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,15 @@ class MVQConfig(QuantizerConfig):
     """alternating: least squares by turns, short. reference: the two-phase gradient fit of multi_quantization, long."""
     frames_per_entry: int = 20
     """alternating: fewest frames per entry; with less data, codebooks use fewer entries."""
-    rounds: int = 16
+    rounds: int = 8
     """alternating: rounds of coordinate descent and least squares."""
     sweeps: int = 1
     """alternating: passes over the codebooks per round."""
-    polish_rounds: int = 2
+    epochs: int = 6
+    """alternating: epochs of gradient steps on the centres, in batches of 128 C frames."""
+    rate: float = 0.05
+    """alternating: Adam's learning rate at the first step, relative to the data's standard deviation; it falls to zero."""
+    polish_rounds: int = 3
     """alternating: most rounds with the encoder's own search, stopped early by the held-out loss."""
     noise: float = 0.5
     """alternating: perturbation of the centres in the first round, relative to a codebook's share of the spread."""
@@ -65,7 +69,7 @@ class MVQConfig(QuantizerConfig):
         for name in ("frames_per_entry", "rounds", "sweeps", "phase_one_iters", "phase_two_iters", "batch_frames"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be 1 or more, but is {getattr(self, name)}")
-        for name in ("polish_rounds", "noise"):
+        for name in ("epochs", "rate", "polish_rounds", "noise"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"`{name}` must be 0 or more, but is {getattr(self, name)}")
         if self.ridge <= 0:
@@ -77,26 +81,35 @@ class MVQConfig(QuantizerConfig):
         Raises:
             DataError: fewer frames than entries, or non-finite ones. ArtifactError: `checkpoint` belongs to another fit.
         """
-        quantizer = self._fit(train, heldout, seed, checkpoint)
+        check_fit_frames(train, heldout)
+        return self.fit_source(FrameSource([train]), heldout, seed=seed, checkpoint=checkpoint)
+
+    def fit_source(self, source: FrameSource, heldout: Tensor, *, seed: int, checkpoint: Path | None = None) -> MVQ:
+        """See `QuantizerConfig.fit_source`. alternating: frames are read in pieces, by all processes, which does not change the result."""
+        check_heldout(heldout, source.dim)
+        if len(source) < self.codebook_size:
+            raise DataError(f"MVQ needs at least `codebook_size` {self.codebook_size} frames, but has {len(source)}", cause="too_few")
+        signature = sha256_json({"config": asdict(self), "seed": seed, "frames": source.fingerprint()})
+        source.measure(self.normalize)
+        judged = heldout.float() if source.normalizer is None else source.normalizer.apply_to(heldout.float())
+        quantizer = (self._by_turns if self.solver == "alternating" else self._by_schedule)(source, judged, seed, checkpoint, signature)
         quantizer.mode = self.search
         return quantizer
 
-    def _fit(self, train: Tensor, heldout: Tensor, seed: int, checkpoint: Path | None) -> MVQ:
-        check_fit_frames(train, heldout)
-        if len(train) < self.codebook_size:
-            raise DataError(f"MVQ needs at least `codebook_size` {self.codebook_size} frames, but has {len(train)}", cause="too_few")
-        train, heldout = train.float(), heldout.float()
-        normalizer = Normalizer.fit(train) if self.normalize else None
-        frames, judged = (train, heldout) if normalizer is None else (normalizer.apply_to(train), normalizer.apply_to(heldout))
-        signature = sha256_json({"config": asdict(self), "seed": seed, "frames": sha256(train.contiguous().numpy().tobytes())})
-        if self.solver == "reference":
-            schedule = Schedule(self.batch_frames, self.phase_one_iters, self.phase_two_iters)
-            if len(train) < self.codebook_size * self.frames_per_entry:
-                logger.warning("quantizers: %d frames are few for %d entries and may be overfitted", len(train), self.codebook_size)
-            return fit_two_phase(frames, self.num_codebooks, schedule, seed=seed, normalizer=normalizer, checkpoint=checkpoint, signature=signature)
-        blank = MVQ(train.shape[1], self.num_codebooks, self.codebook_size, normalizer=normalizer, entries=self.entries_for(len(train)), seed=seed)
-        settings = Settings(self.rounds, self.sweeps, self.polish_rounds, self.noise, self.ridge)
-        return fit_alternating(frames, judged, blank, settings, seed=seed, checkpoint=checkpoint, signature=signature)
+    def _by_turns(self, source: FrameSource, judged: Tensor, seed: int, checkpoint: Path | None, signature: str) -> MVQ:
+        entries = self.entries_for(len(source))
+        blank = MVQ(source.dim, self.num_codebooks, self.codebook_size, normalizer=source.normalizer, entries=entries, seed=seed)
+        settings = Settings(self.rounds, self.sweeps, self.epochs, self.rate, self.polish_rounds, self.noise, self.ridge)
+        return fit_alternating(source, judged, blank, settings, seed=seed, checkpoint=checkpoint, signature=signature)
+
+    def _by_schedule(self, source: FrameSource, judged: Tensor, seed: int, checkpoint: Path | None, signature: str) -> MVQ:
+        del judged
+        schedule = Schedule(self.batch_frames, self.phase_one_iters, self.phase_two_iters)
+        if len(source) < self.codebook_size * self.frames_per_entry:
+            logger.warning("quantizers: %d frames are few for %d entries and may be overfitted", len(source), self.codebook_size)
+        saved = checkpoint if source.rank == 0 else None  # every process makes the same steps
+        frames = source.read(0, len(source))
+        return fit_two_phase(frames, self.num_codebooks, schedule, seed=seed, normalizer=source.normalizer, checkpoint=saved, signature=signature)
 
     def entries_for(self, num_frames: int) -> int:
         """Entries a codebook can use: K, halved until each has `frames_per_entry` frames; at least 2."""

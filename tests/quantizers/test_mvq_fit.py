@@ -15,14 +15,16 @@ from safetensors.torch import load_file
 from spear.errors import ArtifactError, ConfigError, DataError
 from spear.files import seed_from
 from spear.quantizers import mvq_alternating, mvq_reference
+from spear.quantizers.frame_source import FrameSource
 from spear.quantizers.mvq import MVQ
-from spear.quantizers.mvq_alternating import discriminants, solve_centers, start_centers
 from spear.quantizers.mvq_fit import MVQConfig
 from spear.quantizers.mvq_reference import TwoPhaseTrainer
+from spear.quantizers.mvq_start import start_centers
+from spear.quantizers.mvq_statistics import Moments, Statistics
 from spear.quantizers.search import frame_costs, make_tables, sweep
 from tests.quantizers.frames import clustered
 
-SMALL: dict[str, Any] = {"num_codebooks": 4, "codebook_size": 16, "rounds": 4, "polish_rounds": 2}
+SMALL: dict[str, Any] = {"num_codebooks": 4, "codebook_size": 16, "rounds": 3, "epochs": 3, "polish_rounds": 2}
 REFERENCE: dict[str, Any] = {"num_codebooks": 2, "solver": "reference", "phase_one_iters": 12, "phase_two_iters": 8, "batch_frames": 100}
 
 
@@ -35,6 +37,20 @@ def relative_loss(quantizer: MVQ, frames: torch.Tensor) -> float:
 def saved(quantizer: MVQ, folder: Path) -> tuple[bytes, ...]:
     quantizer.save(folder)
     return tuple((folder / name).read_bytes() for name in ("quantizer.safetensors", "config.json"))
+
+
+def measured(frames: torch.Tensor) -> FrameSource:
+    source = FrameSource([frames])
+    source.measure(normalize=False)
+    return source
+
+
+def statistics_of(frames: torch.Tensor, codes: torch.Tensor, size: int) -> tuple[Statistics, Moments]:
+    source = measured(frames)
+    statistics = Statistics((codes.shape[1], size), source)
+    statistics.add(frames, codes)
+    statistics.gather(source)
+    return statistics, Moments(source)
 
 
 class KilledError(Exception):
@@ -65,7 +81,7 @@ def test_solve_centers_is_the_least_squares_solution() -> None:
     generator = torch.Generator().manual_seed(0)
     frames, codes = torch.randn(400, 5, generator=generator), torch.randint(8, (400, 3), generator=generator)
     previous = torch.randn(3, 8, 5, generator=generator)
-    found = solve_centers(frames, codes, previous, 0.5)
+    found = statistics_of(frames, codes, 8)[0].solve(previous, 0.5)
     design = torch.cat([torch.eye(8)[codes[:, c]] for c in range(3)], dim=1)
     stacked = torch.cat([design, 0.5**0.5 * torch.eye(24)])
     target = torch.cat([frames, 0.5**0.5 * previous.flatten(0, 1)])
@@ -88,7 +104,7 @@ def test_sweep_ends_where_no_single_change_helps() -> None:
 def test_start_centers_are_orthogonal_and_reconstruct_better_than_the_mean() -> None:
     frames = clustered(2000, 16)
     frames = (frames - frames.mean(0)) / frames.std(0)
-    centers, codes = start_centers(frames, 4, 16, 0)
+    centers, codes = start_centers(frames, frames.T.double().cov(correction=0), 4, 16, 0)
     subspaces = (centers - centers.mean(1, keepdim=True)).flatten(0, 1)
     cross = (subspaces @ subspaces.T).view(4, 16, 4, 16)
     assert float(cross[0, :, 1].abs().max()) < 1e-3
@@ -98,7 +114,7 @@ def test_start_centers_are_orthogonal_and_reconstruct_better_than_the_mean() -> 
 
 def test_start_centers_serve_more_codebooks_than_channels() -> None:
     frames = clustered(1000, 3)
-    centers, codes = start_centers(frames, 8, 16, 0)
+    centers, codes = start_centers(frames, frames.T.double().cov(correction=0), 8, 16, 0)
     assert centers.isfinite().all()
     error = (sum(centers[c][codes[:, c]] for c in range(8)) - frames).square().sum()
     assert float(error) < 0.05 * float((frames - frames.mean(0)).square().sum())
@@ -107,8 +123,9 @@ def test_start_centers_serve_more_codebooks_than_channels() -> None:
 def test_discriminants_separate_classes_better_than_chance() -> None:
     frames = clustered(1500, 8)
     codes = torch.stack([(frames[:, 0] > 0).long(), (frames[:, 3] > frames[:, 3].median()).long()], dim=1)
-    weight, bias = discriminants(frames, codes, 2)
-    found = (torch.einsum("md,ckd->mck", frames, weight) + bias).argmax(-1)
+    statistics, moments = statistics_of(frames, codes, 2)
+    weight, bias = statistics.discriminants(moments)
+    found = (frames @ weight.T + bias).view(-1, 2, 2).argmax(-1)
     assert float((found == codes).float().mean()) > 0.9
 
 
@@ -148,22 +165,22 @@ def test_alternating_fit_uses_fewer_entries_when_data_is_little(caplog: pytest.L
     assert torch.equal(quantizer.centers[:, 16:], torch.zeros(2, 48, 8))
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 5])
+@pytest.mark.parametrize("stop_after", [1, 4, 5, 7])
 def test_alternating_fit_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
     train, heldout = clustered(1500, 8), clustered(100, 8, seed=1)
     config, checkpoint = MVQConfig(**SMALL), tmp_path / "fit.safetensors"
     whole = saved(config.fit(train, heldout, seed=3), tmp_path / "whole")
-    make_round, made = mvq_alternating._round, 0
+    advance, made = mvq_alternating._Fit.advance, 0
 
     def dies(*arguments: Any) -> None:
         nonlocal made
         if made == stop_after:
             raise KilledError
         made += 1
-        make_round(*arguments)
+        advance(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mvq_alternating, "_round", dies)
+        patch.setattr(mvq_alternating._Fit, "advance", dies)
         with pytest.raises(KilledError):
             config.fit(train, heldout, seed=3, checkpoint=checkpoint)
     assert saved(config.fit(train, heldout, seed=3, checkpoint=checkpoint), tmp_path / "resumed") == whole
@@ -269,16 +286,17 @@ def test_fit_raises_data_error_when_there_is_one_frame() -> None:
 
 
 def test_fit_takes_early_rounds_from_a_share_of_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, heldout = clustered(4000, 8), clustered(100, 8, seed=1)
-    solve, sizes = mvq_alternating.solve_centers, []
+    train, heldout = clustered(10_000, 8), clustered(100, 8, seed=1)
+    solve, sizes = Statistics.solve, []
 
-    def counted(frames: torch.Tensor, *rest: Any) -> torch.Tensor:
-        sizes.append(len(frames))
-        return solve(frames, *rest)
+    def counted(statistics: Statistics, *rest: Any) -> torch.Tensor:
+        sizes.append(int(statistics.counts[0].sum()))
+        return solve(statistics, *rest)
 
-    monkeypatch.setattr(mvq_alternating, "solve_centers", counted)
+    monkeypatch.setattr(Statistics, "solve", counted)
     MVQConfig(**SMALL).fit(train, heldout, seed=0)
-    assert sizes == [1000, 1000, 1000, 4000, 4000, 4000]
+    assert sizes[:3] == [2048, 2048, 10_000]
+    assert set(sizes[3:]) == {10_000}
 
 
 def test_mvq_fit_hands_its_search_to_the_quantizer() -> None:

@@ -21,7 +21,7 @@ from spear.stages.artifact import Artifact, fingerprint_of
 from tests.quantizers.frames import clustered
 from tests.teachers.runs import contents
 
-SMALL = MVQConfig(num_codebooks=4, codebook_size=16, rounds=2, polish_rounds=1)
+SMALL = MVQConfig(num_codebooks=4, codebook_size=16, rounds=2, epochs=2, polish_rounds=1)
 
 
 def write_features(data: Path, teacher: str, train: torch.Tensor, heldout: torch.Tensor, *, version: int = 1) -> Path:
@@ -85,7 +85,7 @@ def test_quantizers_does_nothing_when_finished_and_refuses_other_inputs(tmp_path
     quantizers.run(run)
     assert path.read_bytes() == before
     with pytest.raises(ArtifactError, match=r"`config.quantizer.rounds` was 2, is 3"):
-        quantizers.run(make_run(tmp_path, {"speech": MVQConfig(num_codebooks=4, codebook_size=16, rounds=3, polish_rounds=1)}))
+        quantizers.run(make_run(tmp_path, {"speech": MVQConfig(num_codebooks=4, codebook_size=16, rounds=3, epochs=2, polish_rounds=1)}))
     (run.data / "features" / "speech" / "artifact.json").unlink()
     write_features(run.data, "speech", clustered(800, 8), clustered(100, 8, seed=1), version=2)
     with pytest.raises(ArtifactError, match=r"`inputs.features` was"):
@@ -134,7 +134,7 @@ def test_quantizers_raises_artifact_error_when_features_are_unfinished_or_damage
         quantizers.run(run)
     folder = write_features(run.data, "speech", clustered(100, 8), clustered(20, 8))
     write_tensors(folder / "heldout.safetensors", {"frames": clustered(20, 6)})
-    with pytest.raises(ArtifactError, match="frames of several widths, 6, 8"):
+    with pytest.raises(ArtifactError, match="frames have several widths, 6, 8"):
         quantizers.run(run)
     write_tensors(folder / "heldout.safetensors", {"other": clustered(20, 8)})
     with pytest.raises(ArtifactError, match=r"heldout.safetensors must have a tensor `frames`.*none"):
@@ -148,8 +148,8 @@ def test_quantizers_raises_artifact_error_when_features_are_unfinished_or_damage
         quantizers.run(run)
 
 
-def test_quantizers_says_so_when_a_recipe_has_no_teachers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_quantizers_says_so_when_a_recipe_has_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         quantizers.run(make_run(tmp_path, {}))
-    assert "no teachers, nothing to do" in caplog.text
+    assert "nothing to do" in caplog.text
     assert not (tmp_path / "data").exists()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole road with no download, no GPU and no account: two synthetic corpora, two small teachers, one student, its report.
 # Made for two CPU cores; `./run.sh --help` lists the options. A second run does nothing, a killed one goes on where it was.
+# Recipes with a speaker teacher want data of their own: ./run.sh --recipe ../../recipes/delulu_mini.yaml --data data/delulu_mini --exp exp/delulu_mini
 
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -10,7 +11,7 @@ stop_stage=7
 recipe=../../recipes/mini.yaml
 data=data
 exp=exp/mini
-usage="Stages: -2 corpus, -1 teachers, 0 manifests, 1 features, 2 quantizers, 3 tokens, 4 shards, 5 pretrain, 6 export, 7 evaluate.
+usage="Stages: -2 corpus, -1 teachers (those that the recipe names), 0 manifests, 1 features, 2 quantizers, 3 tokens, 4 shards, 5 pretrain, 6 export, 7 evaluate.
 Relative paths start from the folder of this script. The synthetic corpora are always made in data/corpus, where conf/corpora.yaml looks for them."
 . ../shared/log.sh
 . ../shared/parse_options.sh
@@ -26,11 +27,12 @@ run_stage -2 "corpus of speech" python local/make_speech.py --config conf/corpus
 run_stage -2 "corpus of sounds" python local/make_sounds.py --config conf/corpus.yaml --out $corpus/sounds
 # on two cores, two trainings of one thread each end sooner than one after the other on two threads
 train_teachers() {
-  python ../shared/train_teacher.py --model wavlm --tier phone "${speech_cuts[@]}" --steps 600 --batch-size 12 --threads 1 --out "$data/teachers/speech" &
-  python ../shared/train_teacher.py --model wav2vec2-bert --label label "${sounds_cuts[@]}" --steps 400 --threads 1 --out "$data/teachers/audio" &
+  train_teacher speech --model wavlm --tier phone "${speech_cuts[@]}" --steps 600 --batch-size 12 --threads 1 &
+  train_teacher audio --model wav2vec2-bert --label label "${sounds_cuts[@]}" --steps 400 --threads 1 &
+  train_teacher speaker --model wav2vec2-bert --speaker "${speech_cuts[@]}" --steps 250 --threads 1 &
   together
 }
-run_stage -1 "two teachers" train_teachers
+run_stage -1 "the recipe's small teachers" train_teachers
 run_stage 0 manifests spear manifests "${options[@]}"
 run_stage 1 features spear features "${options[@]}"
 run_stage 2 quantizers spear quantizers "${options[@]}"

@@ -58,3 +58,14 @@ together() {
   for pid in $(jobs -p); do wait "$pid" || code=$?; done
   return "$code"
 }
+
+# train_teacher NAME OPTIONS...: train the small teacher DATA/teachers/NAME if a teacher of the recipe, with its overrides, is that folder.
+train_teacher() {
+  local name=$1 code=0 recipe_overrides=() item
+  shift
+  for item in "${overrides[@]}"; do [ "$item" = --set ] || recipe_overrides+=("$item"); done
+  "$PYTHON" "$_root/egs/shared/needs_teacher.py" "$recipe" "teachers/$name" "${recipe_overrides[@]}" || code=$?
+  if [ "$code" -eq 1 ]; then return 0; fi
+  if [ "$code" -ne 0 ]; then return "$code"; fi
+  python "$_root/egs/shared/train_teacher.py" "$@" --out "$data/teachers/$name"
+}

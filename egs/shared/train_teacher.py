@@ -2,12 +2,14 @@
 
     python train_teacher.py --model wavlm --tier phone --cuts-train T.jsonl.gz --cuts-valid V.jsonl.gz --out DATA/teachers/speech
     python train_teacher.py --model wav2vec2-bert --label label --cuts-train T.jsonl.gz --cuts-valid V.jsonl.gz --out DATA/teachers/audio
+    python train_teacher.py --model wav2vec2-bert --speaker --cuts-train T.jsonl.gz --cuts-valid V.jsonl.gz --out DATA/teachers/speaker
 
 ``--tier`` learns the symbol of an alignment tier frame by frame (frames without a symbol are a class of their own, which is not scored);
-``--label`` learns a label of the whole cut, from the supervision's custom fields, on the mean over its frames. The model is trained through the
-very adapter that later serves it as a teacher, so that both compute the same function. `DIR` holds config.json, preprocessor_config.json,
-model.safetensors and, last, artifact.json with the accuracies. The result depends on the manifests, the arguments and the number of threads;
-a killed run starts over.
+``--label`` learns a label of the whole cut, from the supervision's custom fields, on the mean over its frames; ``--speaker`` learns its speaker in
+the same way, by cosines, from log-mels that keep a voice's long-term spectrum (a recipe says `normalize: false`), and is scored by the equal error
+rate on the voices of the other splits, none of which may be in train. The model is trained through the very adapter that later serves it as a
+teacher, so that both compute the same function. `DIR` holds config.json, preprocessor_config.json, model.safetensors and, last, artifact.json with
+the scores. The result depends on the manifests, the arguments and the number of threads; a killed run starts over.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ from transformers import (
 from spear.data.audio import load_audio
 from spear.data.sources import CutsSource
 from spear.errors import DataError, SpearError
+from spear.evaluation.metrics import equal_error_rate
+from spear.evaluation.tasks.verification import cosines, directions, draw_trials
 from spear.files import seed_from, sha256_file, write_tensors, write_text
 from spear.progress import Meter
 from spear.stages.artifact import Artifact
@@ -49,16 +53,18 @@ from spear.types import IGNORE
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
+SPEAKER = "speaker"
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0, "layerdrop": 0.0}
 SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384, "apply_spec_augment": False, **NO_DROPOUT}
 
 
 class Example(NamedTuple):
-    """One cut: (S,) float32 audio and its labelled stretches (class, start, end) in seconds, or one class for all of it."""
+    """One cut: (S,) float32 audio, its labelled stretches (class, start, end) in seconds, or one class for all of it, and that class's name."""
 
     audio: Tensor
     intervals: list[tuple[int, float, float]]
     label: int
+    name: str = ""
 
 
 def make_model(kind: str) -> tuple[PretrainedConfig, nn.Module, Any]:
@@ -99,29 +105,33 @@ def save_folder(folder: Path, config: PretrainedConfig, model: nn.Module, extrac
 
 
 def read_examples(path: Path, tier: str | None, label: str | None, classes: list[str]) -> list[Example]:
-    """Audio and labels of a manifest; new symbols are appended to `classes` if it is empty, else they are an error.
+    """Audio and labels of a manifest; new symbols are appended to `classes` if it is empty, else they are an error; for speakers, known ones are.
 
     Raises:
-        DataError: a cut has no such label, or one that the training split lacks.
+        DataError: a cut has no such label, one that the training split lacks, or a voice of the training split.
     """
     cuts = [(item.cut, item.origin) for item in CutsSource(train=str(path)).files("train") if item.cut is not None]
     found: list[tuple[Any, list[tuple[str, float, float]], str]] = []
     for cut, origin in cuts:
         supervision = cut.supervisions[0] if cut.supervisions else None
         symbols = (supervision.alignment or {}).get(tier, []) if supervision and tier else []
-        name = str((supervision.custom or {}).get(label, "")) if supervision and label else ""
+        custom = {**(supervision.custom or {}), SPEAKER: supervision.speaker or ""} if supervision else {}
+        name = str(custom.get(label, "")) if label else ""
         if not symbols and not name:
             raise DataError(f"cut {cut.id} ({origin}) has no {f'tier `{tier}`' if tier else f'label `{label}`'}")
         found.append((cut, [(item.symbol, item.start, item.end) for item in symbols], name))
-    if not classes:
+    training = not classes
+    if training:
         classes += sorted({symbol for _, spans, _ in found for symbol, _, _ in spans} | {name for _, _, name in found if name})
     index = {symbol: number for number, symbol in enumerate(classes)}
     for cut, spans, name in found:
+        if label == SPEAKER and not training and name in index:
+            raise DataError(f"cut {cut.id} is of speaker {name!r}, whom the training split has, too ({path})")
         for symbol in [name] if name else [symbol for symbol, _, _ in spans]:
-            if symbol not in index:
+            if symbol not in index and label != SPEAKER:
                 raise DataError(f"cut {cut.id} is labelled {symbol!r}, which the training split lacks ({path})")
     return [
-        Example(torch.from_numpy(load_audio(cut)), [(index[symbol], start, end) for symbol, start, end in spans], index.get(name, IGNORE))
+        Example(torch.from_numpy(load_audio(cut)), [(index[symbol], start, end) for symbol, start, end in spans], index.get(name, IGNORE), name)
         for cut, spans, name in found
     ]
 
@@ -149,18 +159,32 @@ def frame_targets(example: Example, offset_s: float, frames: int, teacher: Teach
     return torch.from_numpy(out)
 
 
+class CosineClassifier(nn.Module):
+    """Logits are scaled cosines between a vector and one direction per class (NormFace, arXiv:1704.06369)."""
+
+    SCALE = 16.0
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_classes, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., classes)."""
+        return self.SCALE * F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.weight, dim=-1))
+
+
 class Learner(nn.Module):
     """A teacher with a linear classifier on its frames, or on their mean.
 
     Args:
         teacher: the adapter; its model's weights are trained. num_classes: classes, without the one for no label.
-        per_frame: whether labels are per frame.
+        per_frame: whether labels are per frame. cosine: whether the classifier compares directions.
     """
 
-    def __init__(self, teacher: Teacher, num_classes: int, *, per_frame: bool) -> None:
+    def __init__(self, teacher: Teacher, num_classes: int, *, per_frame: bool, cosine: bool = False) -> None:
         super().__init__()
         self.teacher, self.per_frame, self.num_classes = teacher, per_frame, num_classes
-        self.classifier = nn.Linear(teacher.dim, num_classes + per_frame)
+        self.classifier = CosineClassifier(teacher.dim, num_classes) if cosine else nn.Linear(teacher.dim, num_classes + per_frame)
 
     def forward(self, audio: Tensor) -> Tensor:
         """(N, S) audio of equal length to (N, T, classes) or (N, classes) logits."""
@@ -219,11 +243,27 @@ def accuracy(learner: Learner, examples: list[Example]) -> float:
     return right / count
 
 
+@torch.no_grad()
+def error_rate(learner: Learner, examples: list[Example], centre: NDArray[np.float32], seed: int) -> float:
+    """Equal error rate of the cosines of mean frames, `centre` (D,) subtracted, on trials among new voices."""
+    vectors = directions(mean_frames(learner.teacher, examples) - centre)
+    ids = [f"{index:06d}" for index in range(len(examples))]
+    trials = draw_trials(ids, [example.name for example in examples], 2000, seed_from(seed, "teacher trials"))
+    return equal_error_rate(cosines(vectors, trials), trials.same)
+
+
+def mean_frames(teacher: Teacher, examples: list[Example]) -> NDArray[np.float32]:
+    """(M, D) means over the frames of each example."""
+    found = [teacher.encode(example.audio[None], torch.tensor([len(example.audio)])).features[0].mean(dim=0) for example in examples]
+    return torch.stack(found).numpy()
+
+
 def run(options: argparse.Namespace) -> None:
     """Train, score and save; a finished folder is left alone."""
     splits = {name: path for name in ("train", "valid", "test") if (path := getattr(options, f"cuts_{name}")) is not None}
     keys = ("model", "tier", "label", "steps", "batch_size", "crop_s", "learning_rate", "seed", "threads")
     config = {key: getattr(options, key) for key in keys}
+    by_voice = options.label == SPEAKER
     artifact = Artifact(options.out, kind="teacher", config=config, inputs={name: sha256_file(path) for name, path in splits.items()})
     if artifact.is_done():
         return
@@ -235,11 +275,17 @@ def run(options: argparse.Namespace) -> None:
         data = {name: read_examples(path, options.tier, options.label, classes) for name, path in splits.items()}
         hf_config, model, extractor = make_model(options.model)
         save_folder(options.out, hf_config, model, extractor)
-        teacher = HuggingFaceConfig(model=str(options.out.resolve())).build()
+        teacher = HuggingFaceConfig(model=str(options.out.resolve()), normalize=False if by_voice else None).build()
         teacher.requires_grad_(True)
-        learner = Learner(teacher, len(classes), per_frame=options.tier is not None)
+        learner = Learner(teacher, len(classes), per_frame=options.tier is not None, cosine=by_voice)
         train(learner, data["train"], options)
-        record.extra = {f"accuracy_{name}": round(accuracy(learner, data[name]), 4) for name in splits if name != "train"}
+        others = {name: examples for name, examples in data.items() if name != "train"}
+        if by_voice:
+            with torch.no_grad():
+                centre = mean_frames(teacher, data["train"]).mean(axis=0)
+            record.extra = {f"eer_{name}": round(error_rate(learner, found, centre, options.seed), 4) for name, found in others.items()}
+        else:
+            record.extra = {f"accuracy_{name}": round(accuracy(learner, found), 4) for name, found in others.items()}
         save_folder(options.out, hf_config, teacher.model, extractor)
         record.counts = {"classes": len(classes), "parameters": sum(p.numel() for p in teacher.parameters()), **{n: len(d) for n, d in data.items()}}
         record.audio_s = sum(len(example.audio) for example in data["train"]) / SAMPLE_RATE
@@ -256,6 +302,7 @@ def main() -> int:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--tier", metavar="NAME", help="alignment tier to learn, e.g. phone")
     kind.add_argument("--label", metavar="NAME", help="custom field to learn, e.g. label")
+    kind.add_argument("--speaker", dest="label", action="store_const", const=SPEAKER, help="learn the speaker, whom the other splits must not have")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -56,8 +56,11 @@ def test_run_help_says_what_the_options_are(road: Path) -> None:
 @pytest.mark.parametrize("road", ROADS, ids=lambda road: road.name)
 def test_corpora_file_names_three_splits_of_each_corpus(road: Path) -> None:
     corpora = yaml.safe_load((road / "conf" / "corpora.yaml").read_text())["corpora"]
-    assert {corpus["domain"] for corpus in corpora} == {"speech", "audio"}
+    assert {corpus["domain"] for corpus in corpora} <= {"speech", "audio", "noise"}
     for corpus in corpora:
+        if corpus["domain"] == "noise":
+            assert corpus["source"]["valid_share"] == corpus["source"]["test_share"] == 0
+            continue
         assert {split for split in corpus["source"] if split != "type"} == {"train", "valid", "test"}
 
 
@@ -116,3 +119,30 @@ def test_run_stage_passes_a_signal_on_and_waits(tmp_path: Path, sent: signal.Sig
     assert process.wait(timeout=20) == 3
     assert (tmp_path / "saved").read_text() == "saved\n"
     assert not (tmp_path / "next").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "needed"),
+    [
+        ("mini", [], {"speech", "audio"}),
+        ("delulu_mini", [], {"speaker"}),
+        ("spear_speaker_mini", [], {"speech", "audio", "speaker"}),
+        ("mini", ["--set", "teachers.audio.model=elsewhere", "--set", "seed=1"], {"speech"}),
+    ],
+)
+def test_train_teacher_trains_those_that_the_recipe_names(tmp_path: Path, recipe: str, overrides: list[str], needed: set[str]) -> None:
+    body = """
+python() { echo "trained: $*"; }
+for name in speech audio speaker; do train_teacher "$name" --steps 1; done
+"""
+    done = bash(tmp_path, body, "--recipe", str(EGS.parent / "recipes" / f"{recipe}.yaml"), "--data", "d", *overrides)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {line.rpartition("/")[2] for line in lines} == needed
+    assert all(line.endswith(f"train_teacher.py --steps 1 --out d/teachers/{line.rpartition('/')[2]}") for line in lines)
+
+
+def test_train_teacher_fails_when_the_recipe_cannot_be_read(tmp_path: Path) -> None:
+    done = bash(tmp_path, "train_teacher speech --steps 1\n", "--recipe", str(tmp_path / "none.yaml"))
+    assert done.returncode == 2
+    assert "needs_teacher: error:" in done.stderr

@@ -136,3 +136,50 @@ def test_main_names_the_cut_when_a_label_is_missing(
     error = capsys.readouterr().err
     assert error.startswith("train_teacher: error: cut c0")
     assert message in error
+
+
+@pytest.fixture(scope="module")
+def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six cuts a speaker: a speaker is a pitch and a tilt of its spectrum, loudness differs from cut to cut. `known` has a speaker of train."""
+    folder = tmp_path_factory.mktemp("voices")
+    rng = np.random.default_rng(0)
+    for split, pitches in {"train": (90, 130, 180, 240), "valid": (100, 160, 220), "known": (90, 160, 220)}.items():
+        made = []
+        for index in range(6 * len(pitches)):
+            pitch, name = pitches[index % len(pitches)], f"{split}-{index}"
+            phase = 2 * np.pi * np.cumsum(pitch * (1 + 0.05 * rng.standard_normal(9600).cumsum() / 100)) / 16000
+            tone = np.sum([k ** (-pitch / 90) * np.sin(k * phase) for k in range(1, 20)], axis=0) + 0.01 * rng.standard_normal(9600)
+            soundfile.write(folder / f"{name}.flac", rng.uniform(0.05, 0.5) * tone / np.abs(tone).max(), 16000)
+            recording = Recording(name, [AudioSource("file", [0], f"{name}.flac")], 16000, 9600, 0.6)
+            speaker = SupervisionSegment(name, name, 0.0, 0.6, speaker=f"v{pitch}")
+            made.append(MonoCut(name, 0.0, 0.6, 0, supervisions=[speaker], recording=recording))
+        lines = "".join(json.dumps(cut.to_dict()) + "\n" for cut in made)
+        (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    return folder
+
+
+def test_speaker_teacher_is_scored_on_new_voices(teacher_script: ModuleType, voices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--model", "wav2vec2-bert", "--speaker", "--cuts-valid", str(voices / "valid.jsonl.gz"), "--steps", "12", "--batch-size", "8")
+    assert train(teacher_script, monkeypatch, voices / "train.jsonl.gz", tmp_path / "t", *arguments) == 0
+    record = read_json(tmp_path / "t" / "artifact.json")
+    assert record["counts"]["classes"] == 4
+    assert record["extra"].keys() == {"eer_valid"}
+    assert record["extra"]["eer_valid"] < 0.25
+    assert HuggingFaceConfig(model="t", normalize=False).build(tmp_path).frame_rate_hz == 50
+
+
+def test_main_names_a_voice_of_train_in_another_split(
+    teacher_script: ModuleType, voices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", "wav2vec2-bert", "--speaker", "--cuts-valid", str(voices / "known.jsonl.gz"))
+    assert train(teacher_script, monkeypatch, voices / "train.jsonl.gz", tmp_path / "t", *arguments) == 1
+    assert "is of speaker 'v90', whom the training split has, too" in capsys.readouterr().err
+
+
+def test_cosine_classifier_compares_directions_only(teacher_script: ModuleType) -> None:
+    torch.manual_seed(0)
+    classifier = teacher_script.CosineClassifier(8, 3)
+    x = torch.randn(5, 8)
+    expected = 16 * torch.nn.functional.cosine_similarity(x[:, None], classifier.weight[None], dim=2)
+    torch.testing.assert_close(classifier(x), expected)
+    torch.testing.assert_close(classifier(7 * x), expected)

@@ -6,15 +6,16 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from spear.config import to_json
 from spear.errors import ArtifactError, DataError
-from spear.files import read_tensors, seed_from
-from spear.quantizers.base import QuantizerConfig
+from spear.files import seed_from
+from spear.quantizers.base import Quantizer, QuantizerConfig
 from spear.quantizers.card import card, write_card
+from spear.quantizers.frame_source import FrameSource
 from spear.stages.artifact import Artifact, fingerprint_of, read_artifact
+from spear.training import World, process_group
 
 if TYPE_CHECKING:
     from spear.recipe import Run
@@ -26,18 +27,19 @@ HELDOUT = "heldout.safetensors"
 
 
 def run(run: Run) -> None:
-    """Fit the quantizer of every teacher into ``DATA/quantizers/<teacher>/``.
+    """Fit the quantizer of every teacher into ``DATA/quantizers/<teacher>/``. Processes that torchrun starts share the reading and searching.
 
     Raises:
         ArtifactError: the features are unfinished, damaged or of other inputs. DataError: they are too few or not finite.
     """
-    if not run.recipe.teachers:
-        logger.info("quantizers: the recipe names no teachers, nothing to do")
-    for name in run.recipe.teachers:
-        _fit(run, name)
+    if not run.recipe.quantizers:
+        logger.info("quantizers: the recipe names none, nothing to do")
+    with process_group("cpu") as world:
+        for name in run.recipe.quantizers:
+            _fit(run, name, world)
 
 
-def _fit(run: Run, name: str) -> None:
+def _fit(run: Run, name: str, world: World) -> None:
     config = run.recipe.quantizers[name]
     seed = seed_from(run.recipe.seed, "quantizer", name)
     features, folder = run.data / "features" / name, run.data / "quantizers" / name
@@ -47,26 +49,36 @@ def _fit(run: Run, name: str) -> None:
         config={"quantizer": to_json(config, QuantizerConfig), "seed": seed},
         inputs={"features": fingerprint_of(features), "teacher": read_artifact(features)["inputs"]["teacher"]},
     )
-    if artifact.is_done():
+    done = artifact.is_done()
+    world.barrier()  # all have looked before one of them changes the folder
+    if done:
         return
-    train, heldout = read_frames(features)
+    source, heldout = open_frames(features, world)
     checkpoint = folder / CHECKPOINT
-    with artifact.making() as record:
+
+    def fitted() -> Quantizer:
         try:
-            quantizer = config.fit(train, heldout, seed=seed, checkpoint=checkpoint)
-            found = card(quantizer, heldout)
+            return config.fit_source(source, heldout, seed=seed, checkpoint=checkpoint)
         except DataError as error:
             raise DataError(f"{features}: {error}", cause=error.cause) from error
+
+    if not world.is_main:
+        fitted()
+        return
+    with artifact.making(world.size) as record:
+        quantizer = fitted()
+        found = card(quantizer, heldout)
         quantizer.save(folder)
         write_card(folder, found, quantizer, heldout)
-        checkpoint.unlink(missing_ok=True)
-        record.counts = {"frames": len(train), "heldout_frames": len(heldout)}
+        for path in folder.glob(f"{checkpoint.stem}*{checkpoint.suffix}"):
+            path.unlink()
+        record.counts = {"frames": len(source), "heldout_frames": len(heldout)}
         record.extra = {"relative_loss": found["relative_loss"], "quantizer": quantizer.fingerprint()}
     logger.info("quantizers: %s has a relative loss of %.4f at %g bits per frame", name, found["relative_loss"], found["bits_per_frame"])
 
 
-def read_frames(folder: Path) -> tuple[Tensor, Tensor]:
-    """Training frames (M, D) and held-out frames (H, D), float32, of a features folder.
+def open_frames(folder: Path, world: World | None = None) -> tuple[FrameSource, Tensor]:
+    """Training frames (M, D) of a features folder, left on the disk, and its held-out frames (H, D), float32.
 
     Raises:
         ArtifactError: a file is missing, damaged or lacks its frames.
@@ -74,17 +86,16 @@ def read_frames(folder: Path) -> tuple[Tensor, Tensor]:
     paths = sorted(folder.glob("frames-*.safetensors"))
     if not paths:
         raise ArtifactError(f"{folder} has no frames-*.safetensors: remove the folder and run `spear features` again")
-    blocks = [_read(path) for path in [*paths, folder / HELDOUT]]
-    widths = {block.shape[1] for block in blocks}
-    if len(widths) > 1:
-        raise ArtifactError(f"{folder} has frames of several widths, {', '.join(str(width) for width in sorted(widths))}")
-    return torch.cat(blocks[:-1]), blocks[-1]
+    every = FrameSource([*paths, folder / HELDOUT])  # finds files that do not fit together
+    source = FrameSource(paths, world)
+    return source, every.read(len(source), len(every))
 
 
-def _read(path: Path) -> Tensor:
-    frames = read_tensors(path).get("frames")
-    if frames is None or frames.dim() != 2:
-        raise ArtifactError(
-            f"{path} must have a tensor `frames` of shape (frames, channels), but has {'none' if frames is None else tuple(frames.shape)}"
-        )
-    return frames.float()
+def read_frames(folder: Path) -> tuple[Tensor, Tensor]:
+    """Training frames (M, D) and held-out frames (H, D), float32, of a features folder, in memory.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or lacks its frames.
+    """
+    source, heldout = open_frames(folder)
+    return source.read(0, len(source)), heldout

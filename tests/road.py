@@ -184,8 +184,8 @@ def sound_cut(folder: Path, cut_id: str, index: int, _: Sequence[str]) -> MonoCu
     return cut
 
 
-def save_teacher(folder: Path, seed: int = 3) -> None:
-    """A random WavLM of two small layers in the Hugging Face layout."""
+def save_teacher(folder: Path, seed: int = 3, layers: int = 2) -> None:
+    """A random WavLM of small layers in the Hugging Face layout."""
     from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
     with torch.random.fork_rng(devices=[]):
@@ -193,7 +193,7 @@ def save_teacher(folder: Path, seed: int = 3) -> None:
         model = WavLMModel(
             WavLMConfig(
                 hidden_size=16,
-                num_hidden_layers=2,
+                num_hidden_layers=layers,
                 num_attention_heads=2,
                 intermediate_size=32,
                 conv_dim=(8,) * 7,

@@ -304,3 +304,17 @@ def test_mvq_fit_hands_its_search_to_the_quantizer() -> None:
     assert MVQConfig(**SMALL, search="best").fit(train, heldout, seed=0).mode == "best"
     with pytest.raises(ConfigError, match="`search` must be exact, best or fast, but is slow"):
         MVQConfig(search="slow")  # type: ignore[arg-type]
+
+
+def test_alternating_fit_stops_early_and_keeps_the_best_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, judged = iter([0.5, 0.4, 0.45, 0.3]), []
+
+    def judge(fit: mvq_alternating._Fit, state: mvq_alternating._State) -> float:
+        judged.append(state.centers)
+        return next(losses)
+
+    monkeypatch.setattr(mvq_alternating._Fit, "_judge", judge)
+    train, heldout = clustered(800, 8), clustered(100, 8, seed=1)
+    quantizer = MVQConfig(**{**SMALL, "polish_rounds": 9}).fit(train, heldout, seed=0)
+    assert len(judged) == 3
+    assert torch.equal(quantizer.centers, judged[1])

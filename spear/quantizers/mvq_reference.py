@@ -16,6 +16,7 @@ from spear.files import read_tensors, seed_from, write_tensors
 from spear.progress import Meter
 from spear.quantizers.mvq import MVQ
 from spear.quantizers.normalize import Normalizer
+from spear.quantizers.search import frame_costs, refine
 
 ENTROPY_SCALE = 0.01
 PHASE_ONE_SIZE, PHASE_TWO_SIZE = 16, 256
@@ -40,11 +41,12 @@ class MVQLosses(NamedTuple):
 def mvq_losses(quantizer: MVQ, frames: Tensor, refine_iters: int) -> MVQLosses:
     """Losses of normalised frames (B, D); the codes found are constants, gradients reach every weight through one term each."""
     num, size = quantizer.num_codebooks, quantizer.entries
-    codes = quantizer.search(frames, refine_iters)
+    logits = quantizer.logits(frames)
+    codes = refine(quantizer.tables(), frame_costs(quantizer.tables(), frames), logits.argmax(dim=-1), refine_iters)
     rows = codes + torch.arange(num, device=codes.device) * size
     approximation = functional.embedding_bag(rows, quantizer.effective_centers().flatten(0, 1), mode="sum")
     spread = (frames - quantizer.data_mean()).square().sum()
-    logprobs = quantizer.logits(frames).log_softmax(dim=-1)
+    logprobs = logits.log_softmax(dim=-1)
     counts = torch.bincount(rows.flatten(), minlength=num * size).view(num, size) / len(frames)
     return MVQLosses(
         rel_reconstruction=(approximation - frames).square().sum() / (spread + 1e-20),

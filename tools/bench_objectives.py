@@ -2,6 +2,7 @@
 
 python tools/bench_objectives.py --seconds 160 --repeats 5
 Both give the same loss and codebooks, which is checked first. All times are of one thread, medians of interleaved repeats.
+--encoder also times what both share in a step of SpidR Base: the teacher's forward, the student's forward and backward (once, on 20 s).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spear.models.conv_transformer import ConvTransformerConfig
 from spear.models.heads import LayerHeads
-from spear.objectives.ema import choose_frames, normalised
+from spear.objectives.ema import Frames, choose_frames, normalised
 from spear.objectives.online_codebooks import OnlineCodebooks
 from spear.types import StudentOutput
 
@@ -34,13 +36,14 @@ class Batched(nn.Module):
         self.books = OnlineCodebooks(LAYERS, SIZE, DIM, 0.9)
         self.heads = LayerHeads([DIM] * LAYERS, SIZE)
 
-    def step(self, output: StudentOutput, teacher: list[Tensor]) -> Tensor:
+    def step(self, output: StudentOutput, teacher: list[Tensor], frames: Frames | None = None) -> Tensor:
         """Loss; gradients and books move."""
-        frames = choose_frames(output, masked_only=True)
+        frames = frames or choose_frames(output, masked_only=True)
         targets = torch.stack([normalised(state, frames) for state in teacher])
         codes = self.books.assign(targets)
         logits = self.heads([frames.of(state) for state in output.hidden_states])
-        loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes).mean(dim=0).sum()
+        losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
+        loss = (losses.mean(dim=0) * frames.weight).sum()
         loss.backward()
         self.books.collect(targets, codes, logits.detach().argmax(dim=2), frames.weight)
         self.books.update()
@@ -113,11 +116,24 @@ def timed(work: Callable[[], Tensor], states: tuple[Tensor, ...]) -> float:
     return time.perf_counter() - start
 
 
+def encoder_s(seconds: float) -> float:
+    """Seconds of the teacher's forward and of the student's forward and backward on cuts of 10 s, SpidR Base."""
+    encoder = ConvTransformerConfig().build()
+    features = torch.randn(max(1, int(seconds / CUT_S)), CUT_S * 100, 160)
+    lens = torch.full((len(features),), CUT_S * 100)
+    start = time.perf_counter()
+    with torch.no_grad():
+        encoder.eval()(features, lens)
+    encoder.train()(features, lens).features.sum().backward()
+    return time.perf_counter() - start
+
+
 def main() -> None:
     """Print the check and the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=160.0, help="of audio in a batch")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--encoder", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -132,13 +148,18 @@ def main() -> None:
         times["loops"].append(timed(lambda: loops.step(output, teacher), output.hidden_states))
         times["batched"].append(timed(lambda: batched.step(output, teacher), output.hidden_states))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, module in (("loops", loops), ("batched", batched)):
+    elsewhere = Frames(None, (output.masked_share >= 0.5).float().flatten(), torch.ones_like(output.masked_share, dtype=torch.bool))
+    for name, call in (("loops", lambda: loops.step(output, teacher)), ("batched, as on a GPU", lambda: batched.step(output, teacher, elsewhere))):
         with Count() as count:
-            module.step(output, teacher)
+            call()
         sys.stdout.write(f"{name}: {count.calls} operators\n")
     frames = int((output.masked_share >= 0.5).sum())
     sys.stdout.write(f"{LAYERS} x {SIZE} x {DIM}, {frames} masked frames; largest difference of the sums {apart:.1e}\n")
     sys.stdout.write(f"loops {medians['loops']:.3f} s, batched {medians['batched']:.3f} s, ratio {medians['loops'] / medians['batched']:.2f}\n")
+    if options.encoder:
+        shared = encoder_s(20.0) * options.seconds / 20.0
+        ratio = (shared + medians["loops"]) / (shared + medians["batched"])
+        sys.stdout.write(f"student and teacher {shared:.1f} s, so that a step with loops takes {ratio:.3f} times as long\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ USAGE_DECAY = 0.99
 """Share of the old that an update keeps in the statistics of which codes are used: they tell of about the last hundred updates."""
 LEAST_SHARE = 0.01
 """A code is active if it has this share of an even share of the frames."""
+IDLE_SHARE = 0.1
+"""`OnlineCodebooks.split` moves codes that have less than this share of an even share of the frames."""
+BESIDE = 0.1
+"""A code that is moved lies this share of its own length from the code that it halves."""
 
 
 class OnlineCodebooks(nn.Module):
@@ -27,6 +31,7 @@ class OnlineCodebooks(nn.Module):
     sums: Tensor
     counts: Tensor
     usage: Tensor
+    recent: Tensor
     pending: Tensor
 
     def __init__(self, num_books: int, size: int, dim: int, decay: float) -> None:
@@ -37,6 +42,7 @@ class OnlineCodebooks(nn.Module):
         self.register_buffer("sums", noise * (noise.var(dim=1, keepdim=True, correction=0) + 1e-5).rsqrt())
         self.register_buffer("counts", torch.ones(num_books, size))
         self.register_buffer("usage", torch.zeros(2, num_books, size))  # shares of targets and of guesses
+        self.register_buffer("recent", torch.zeros(num_books, size))  # hits since `split`
         # what the batches of the running update add up to: sums (L, K, D), hits and guesses (L, K) each, in one row for one reduction
         self.register_buffer("pending", torch.zeros(num_books * size * (dim + 2)), persistent=False)
 
@@ -76,7 +82,26 @@ class OnlineCodebooks(nn.Module):
         shares = torch.stack([hits, guessed])
         shares = shares / shares.sum(dim=2, keepdim=True).clamp(min=1)
         self.usage.lerp_(shares, 1 - USAGE_DECAY)
+        self.recent.add_(hits)
         self.discard()
+
+    @torch.no_grad()
+    def split(self) -> None:
+        """Move codes that were hardly hit since the last call beside those that were hit most, which give half of their count.
+
+        The r-th idle code of a book goes to the r-th of the others. What it was tells in which direction, so that all processes agree.
+        """
+        idle = self.recent < IDLE_SHARE / self.size * self.recent.sum(dim=1, keepdim=True)  # (L, K)
+        rank = idle.cumsum(dim=1) - 1
+        moves = idle & (rank < (~idle).sum(dim=1, keepdim=True))
+        donors = self.recent.argsort(dim=1, descending=True, stable=True).gather(1, rank.clamp(min=0))
+        gives = torch.zeros_like(self.counts).scatter_add_(1, donors, moves.float())  # 0 or 1
+        counts = torch.where(moves, self.counts.gather(1, donors), self.counts) * torch.where(moves | (gives > 0), 0.5, 1.0)
+        entries = self.entries()
+        beside = entries.gather(1, donors[:, :, None].expand_as(entries)) + BESIDE * entries
+        self.sums.copy_(torch.where(moves[:, :, None], beside, entries) * counts[:, :, None])
+        self.counts.copy_(counts)
+        self.recent.zero_()
 
     def discard(self) -> None:
         """Forget what was collected since the last update."""

@@ -30,11 +30,15 @@ class SelfDistillationConfig(SelfTaughtConfig):
     """K, entries of each layer's codebook."""
     codebook_decay: float = 0.9
     """Share of the old that an entry keeps at an update in which frames were assigned to it."""
+    split_every: int | None = None
+    """Updates after which entries that hardly a frame was near to are moved beside the most used ones; null: never (SpidR, DinoSR)."""
 
     def __post_init__(self) -> None:
         SelfTaughtConfig.__post_init__(self)
         at_least("codebook_size", self.codebook_size, 2)
         within("codebook_decay", self.codebook_decay, 0, 1)
+        if self.split_every is not None:
+            at_least("split_every", self.split_every, 1)
         if self.heads not in HEADS:
             raise ConfigError(f"`heads` must be one of {', '.join(HEADS)}, but is {self.heads!r}")
 
@@ -88,6 +92,7 @@ class SelfDistillation(SelfTaught):
 
     def __init__(self, config: SelfDistillationConfig, encoder: Encoder) -> None:
         super().__init__(config, encoder)
+        self.split_every = config.split_every
         self.dim = max(encoder.layer_dims[layer] for layer in self.layers)
         self.codebooks = OnlineCodebooks(len(self.layers), config.codebook_size, self.dim, config.codebook_decay)
         self.heads = HEADS[config.heads](encoder, self.layers, config.codebook_size)
@@ -120,6 +125,8 @@ class SelfDistillation(SelfTaught):
         """Move teacher and codebooks."""
         super().after_step(step, student)
         self.codebooks.update()
+        if self.split_every is not None and step % self.split_every == 0:
+            self.codebooks.split()
 
     def discard_step(self) -> None:
         """Forget the frames of an update that was left out."""

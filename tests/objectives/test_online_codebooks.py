@@ -93,6 +93,40 @@ def test_codebooks_start_with_normalised_noise() -> None:
     assert (books.counts == 1).all()
 
 
+def test_split_moves_idle_entries_beside_the_most_used_and_halves_those() -> None:
+    books = make()
+    hits = torch.tensor([4.0, 100.0, 0.0, 50.0, 30.0, 0.0, 20.0]).expand(BOOKS, -1)
+    books.recent.copy_(hits)
+    books.counts.copy_(hits + 2)
+    books.sums.copy_(books.entries() * books.counts[:, :, None] ** 2)
+    entries, counts = books.entries(), books.counts.clone()
+    books.split()
+    for idle, donor in ((2, 1), (5, 3)):  # 4 hits of 204 are more than a tenth of an even share
+        torch.testing.assert_close(books.counts[:, [idle, donor]], (counts[:, donor] / 2)[:, None].expand(-1, 2))
+        torch.testing.assert_close(books.entries()[:, donor], entries[:, donor])
+        torch.testing.assert_close(books.entries()[:, idle], entries[:, donor] + 0.1 * entries[:, idle])
+    kept = [0, 4, 6]
+    torch.testing.assert_close(books.entries()[:, kept], entries[:, kept])
+    assert torch.equal(books.counts[:, kept], counts[:, kept])
+    assert not books.recent.any()
+
+
+def test_split_keeps_more_entries_in_use() -> None:
+    active = []
+    for split in (False, True):
+        books = make()
+        for step in range(60):
+            frames = draw(step, 60) * 0.1 + 3.0  # far from all entries but one
+            codes = books.assign(frames)
+            books.collect(frames, codes, codes, torch.ones(60))
+            books.update()
+            if split and step % 10 == 9:
+                books.split()
+        active.append(books.assign(draw(99, 400) * 0.1 + 3.0).unique().numel())
+    assert active[0] <= 3
+    assert active[1] == SIZE
+
+
 def test_perplexities_of_known_shares() -> None:
     shares = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.001]])
     perplexity, active = perplexities(shares)

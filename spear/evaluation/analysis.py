@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +19,7 @@ from spear.files import seed_from
 
 SNRS_DB = (20.0, 10.0, 0.0, -10.0)
 SPEEDS = (Fraction(4, 5), Fraction(9, 10), Fraction(11, 10), Fraction(5, 4))
+Change = Callable[[Audio, int, int], Audio]
 
 
 def compare_layers(student: Embedder, teachers: Mapping[str, Embedder], cuts: Sequence[Any], load: LoadAudio, batch_s: float) -> dict[str, Any]:
@@ -50,35 +51,68 @@ def compare_layers(student: Embedder, teachers: Mapping[str, Embedder], cuts: Se
     }
 
 
-def retrieval(model: Embedder, cuts: Sequence[Any], load: LoadAudio, batch_s: float, seed: int) -> dict[str, dict[str, float]]:
+class ChangedClips:
+    """Clips as they are, with noise and at other speeds, made once for all models that hear at one sample rate.
+
+    Args:
+        cuts: the clips. load: reads one. seed: of the noise.
+    """
+
+    def __init__(self, cuts: Sequence[Any], load: LoadAudio, seed: int) -> None:
+        self.cuts, self._load, self._seed = cuts, load, seed
+        self._made: dict[tuple[str, str, int], Audio] = {}
+
+    def __call__(self, change: str, cut: Any, sample_rate: int) -> Audio:
+        """Audio of a cut after one of `CHANGES`."""
+        key = change, cut.id, sample_rate
+        if key not in self._made:
+            seed = seed_from(self._seed, "noise", cut.id)
+            self._made[key] = CHANGES[change](self._load(cut, sample_rate), sample_rate, seed)
+        return self._made[key]
+
+
+def retrieval(model: Embedder, clips: ChangedClips, batch_s: float) -> dict[str, dict[str, float]]:
     """Whether a changed clip is nearest to itself among all clips: mean frames of the last layer, cosine.
 
     Returns:
         {noise: {dB: recall}, speed: {factor: recall}}; chance is one over the number of clips.
     """
-    batches = batches_of(cuts, batch_s)
+    batches = batches_of(clips.cuts, batch_s)
 
-    def vectors(change: Callable[[Audio, Any], Audio]) -> Tensor:
+    def vectors(change: str) -> Tensor:
         rows = []
         for batch in batches:
-            changed = [change(load(cut, model.sample_rate), cut) for cut in batch]
+            changed = [clips(change, cut, model.sample_rate) for cut in batch]
             rows += [torch.from_numpy(layers[-1].mean(axis=0)) for layers in model.embed_batch(changed)]
         return torch.stack(rows)
 
-    def noisy(snr_db: float) -> Callable[[Audio, Any], Audio]:
-        return lambda audio, cut: _within(add_noise(audio, model.sample_rate, seed_from(seed, "noise", cut.id), snr_db))
+    clean = vectors("clean")
 
-    def faster(factor: Fraction) -> Callable[[Audio, Any], Audio]:
-        return lambda audio, cut: _within(change_speed(audio, model.sample_rate, 0, factor))
+    def recall(kind: str, amounts: Iterable[float]) -> dict[str, float]:
+        return {f"{amount:g}": round(recall_at_one(vectors(f"{kind} {amount:g}"), clean), 4) for amount in amounts}
 
-    clean = vectors(lambda audio, cut: audio)
-    noise = {f"{snr:g}": round(recall_at_one(vectors(noisy(snr)), clean), 4) for snr in SNRS_DB}
-    return {"noise": noise, "speed": {f"{float(factor):g}": round(recall_at_one(vectors(faster(factor)), clean), 4) for factor in SPEEDS}}
+    return {"noise": recall("noise", SNRS_DB), "speed": recall("speed", map(float, SPEEDS))}
+
+
+def _noisy(snr_db: float) -> Change:
+    return lambda audio, rate, seed: _within(add_noise(audio, rate, seed, snr_db))
+
+
+def _faster(factor: Fraction) -> Change:
+    return lambda audio, rate, seed: _within(change_speed(audio, rate, seed, factor))
 
 
 def _within(audio: Audio) -> Audio:
     """Audio scaled down to [-1, 1] where it is louder."""
     return audio / np.float32(max(1.0, float(np.abs(audio).max(initial=0.0))))
+
+
+CHANGES: dict[str, Change] = {
+    "clean": lambda audio, rate, seed: audio,
+    **{f"noise {snr:g}": _noisy(snr) for snr in SNRS_DB},
+    **{f"speed {float(factor):g}": _faster(factor) for factor in SPEEDS},
+}
+"""Name and amount -> what makes of audio (S,) at a sample rate, with a seed, the changed audio."""
 
 
 def choose_cuts(cuts: Sequence[Any], count: int, seed: int) -> list[Any]:

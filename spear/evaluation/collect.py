@@ -26,7 +26,7 @@ class AudioCache:
         load: reads one cut. limit_s: seconds of audio to keep (4 bytes a sample).
     """
 
-    def __init__(self, load: LoadAudio, limit_s: float = 3600.0) -> None:
+    def __init__(self, load: LoadAudio, limit_s: float = 7200.0) -> None:
         self._load, self._left_s = load, limit_s
         self._kept: dict[tuple[str, int], Audio] = {}
 

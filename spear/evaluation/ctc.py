@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,10 @@ from spear.files import seed_from
 BLANK = 0
 CLIP_NORM = 5.0
 """Gradients are clipped: a first loss over long utterances is large."""
+
+
+DRAWING = threading.Lock()
+"""Held while torch's global generator is borrowed: tasks may be scored side by side."""
 
 
 class CtcRun(NamedTuple):
@@ -58,7 +63,7 @@ def train_ctc(
         sizes: L, D and V. run: settings; cuts are drawn anew in every pass.
     Source: Graves et al., ICML 2006; the frozen encoder with a weighted sum of layers is SUPERB's (arXiv:2105.01051).
     """
-    with torch.random.fork_rng(devices=[]):
+    with DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_from(run.seed, "ctc"))
         network = CtcNetwork(*sizes, run)
     generator = torch.Generator().manual_seed(seed_from(run.seed, "ctc order"))

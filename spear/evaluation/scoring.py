@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,13 +55,15 @@ def score_models(models: list[Model], plan: Plan, domains: Mapping[str, str], lo
         embedder = model.make()
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=make_folder(folder)) as scratch:
             features = plan.embed(embedder, missing, load, Path(scratch))
-            for task in missing:
-                with one_thread():
-                    score = plan.tasks[task].score(features.pop(task), embedder.layer_names)
+
+            def judge(task: str, embedder: Embedder = embedder, features: dict[str, Any] = features, model: Model = model) -> None:
+                score = plan.tasks[task].score(features.pop(task), embedder.layer_names)
                 section = plan.tasks[task].section
                 record = {**score.to_json(), "kind": embedder.kind, "label": embedder.label, "domain": domains[task], "section": section}
                 write_json(_path(folder, model.name, task), record)
                 logger.info("evaluate: %s on %s: %s %.4f (%s)", embedder.label, task, score.metric, score.value, score.layer)
+
+            side_by_side(judge, missing)
         audio_s, wall_s = plan.heard[embedder.name]
         write_json(folder / SPEED / f"{model.name}.json", {"audio_s": round(audio_s, 3), "wall_s": round(wall_s, 3)})
         write_json(folder / PARTIAL / model.name / SIZE, {"label": embedder.label, "kind": embedder.kind, "parameters": embedder.num_parameters})
@@ -77,6 +80,23 @@ def score_models(models: list[Model], plan: Plan, domains: Mapping[str, str], lo
 def judged(plan: Plan, model: Model) -> list[str]:
     """Names of the tasks that judge a model."""
     return [name for name, task in plan.tasks.items() if task.codes or not model.codes]
+
+
+def side_by_side(work: Callable[[str], None], names: Sequence[str]) -> None:
+    """Call `work` with every name, each call on one thread, as many at a time as torch has threads.
+
+    Raises:
+        Exception: the first that a call ends in; calls that have not begun are then left out.
+    """
+    threads = torch.get_num_threads()
+    with one_thread(), ThreadPoolExecutor(min(threads, len(names))) as pool:
+        running = [pool.submit(work, name) for name in names]
+        try:
+            for call in running:
+                call.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from spear.config import to_json
 from spear.data.audio import load_audio
 from spear.data.corpora import CorpusConfig
 from spear.errors import ConfigError
-from spear.evaluation.analysis import choose_cuts, compare_layers, retrieval
+from spear.evaluation.analysis import ChangedClips, choose_cuts, compare_layers, retrieval
 from spear.evaluation.collect import AudioCache, Plan
 from spear.evaluation.embedders import Embedder, Encoded, LogMel, TeacherCodes, TeacherFrames
 from spear.evaluation.examples import Labeller, choose_example, make_example, write_examples
@@ -150,7 +150,8 @@ class Evaluator:
             cuts = choose_cuts([cut for path in paths for cut in CutSet.from_jsonl_lazy(path)], config.analysis_cuts, seed)
             about = compare_layers(student, teachers, cuts, load, config.batch_s)
             models = [LogMel(), *teachers.values(), student]
-            recall = {model.label: {"kind": model.kind, **retrieval(model, cuts, load, config.batch_s, seed)} for model in models}
+            clips = ChangedClips(cuts, load, seed)
+            recall = {model.label: {"kind": model.kind, **retrieval(model, clips, config.batch_s)} for model in models}
             found[domain] = {**about, "retrieval": recall, "clips": len(cuts), "models": [model.label for model in models]}
         return found
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spear.evaluation.analysis import choose_cuts, compare_layers, retrieval
+from spear.evaluation.analysis import ChangedClips, choose_cuts, compare_layers, retrieval
 from spear.evaluation.embedders import Audio, Embedder, Layers, LogMel
 from spear.evaluation.similarity import CrossSums, nearest_frames, recall_at_one
 from tests.evaluation.cuts import make_cut
@@ -84,7 +84,7 @@ def test_compare_layers_finds_the_layer_that_is_the_teacher() -> None:
 
 
 def test_retrieval_gets_harder_with_noise() -> None:
-    found = retrieval(LogMel(), CUTS, load, 2.0, 0)
+    found = retrieval(LogMel(), ChangedClips(CUTS, load, 0), 2.0)
     assert found["noise"]["20"] >= found["noise"]["-10"]
     assert found["noise"]["20"] > 0.5
     assert set(found["speed"]) == {"0.8", "0.9", "1.1", "1.25"}

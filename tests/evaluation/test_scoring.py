@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from spear.errors import DataError
 from spear.evaluation.collect import AudioCache, Plan
 from spear.evaluation.config import EvaluationConfig
 from spear.evaluation.embedders import Audio, Embedder, Layers
-from spear.evaluation.scoring import Model, ordered, score_models
+from spear.evaluation.scoring import Model, ordered, score_models, side_by_side
 from spear.evaluation.tasks.base import Split
 from spear.evaluation.tasks.frames import FramesConfig
 from spear.evaluation.tasks.utterances import UtterancesConfig
@@ -129,3 +131,39 @@ def test_audio_cache_keeps_what_fits() -> None:
         for name in ("a", "b"):
             cache(make_cut(name), 16000)
     assert calls == ["a", "b", "b"]
+
+
+def test_score_models_gives_the_same_bytes_for_any_number_of_threads(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            score_models([Model("student", lambda: Fake("student"))], make_plan(), DOMAINS, load, tmp_path / str(threads))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    written = [{path.name: path.read_bytes() for path in (tmp_path / name / "partial" / "student").glob("*.json")} for name in ("1", "3")]
+    assert written[0] == written[1]
+    assert set(written[0]) == {"phones.json", "events.json", "speakers.json", "model-size.json"}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_side_by_side_raises_what_a_call_raises_and_begins_no_more(threads: int) -> None:
+    called: list[str] = []
+
+    def work(name: str) -> None:
+        called.append(name)
+        assert torch.get_num_threads() == 1
+        if name == "bad":
+            raise DataError("no labels")
+        time.sleep(0.2)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with pytest.raises(DataError, match="no labels"):
+            side_by_side(work, ["bad", *(["good"] * (threads - 1)), "later", "later"])
+    finally:
+        torch.set_num_threads(before)
+    assert "bad" in called
+    assert called.count("later") < 2

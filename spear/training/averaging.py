@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spear.errors import CheckpointError
+from spear.training.sharding import local, spread_like
 
 
 class RunningAverage:
@@ -45,7 +46,7 @@ class RunningAverage:
             name = sorted(set(values) ^ set(self.values))[0]
             raise CheckpointError(f"the weight average does not fit the module: {name} is in one of them only")
         for name, value in values.items():
-            self.values[name].copy_(value)
+            self.values[name].copy_(spread_like(value, self.values[name]))
 
 
 def floating(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,8 +54,8 @@ def floating(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for name, value in state.items():
-        key = (value.data_ptr(), value.shape, value.stride())
-        if value.is_floating_point() and (value.numel() == 0 or key not in seen):
+        key = (local(value).data_ptr(), value.shape, value.stride())
+        if value.is_floating_point() and (local(value).numel() == 0 or key not in seen):
             seen.add(key)
             found[name] = value.detach()
     return found

@@ -20,11 +20,14 @@ from torch.optim import Optimizer
 from spear.errors import ArtifactError, CheckpointError
 from spear.files import make_folder, read_json, read_tensors, write_json, write_tensors, writing
 from spear.training.averaging import RunningAverage, average_between
+from spear.training.sharding import spread_like, whole
 
 FOLDER = "checkpoints"
 MODEL, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
+_LATER = ("skipped", "loss_scale", "flops_per_s")
+"""Fields of the state that the first checkpoints of this version lack."""
 
 
 @dataclass(kw_only=True)
@@ -45,6 +48,12 @@ class TrainingState:
     """Settings of the run, for the reader."""
     optimizer: list[dict[str, Any]] = field(default_factory=list)
     """The optimiser's parameter groups, with names for parameters."""
+    skipped: int = 0
+    """Updates left out because a loss or gradient was not finite."""
+    loss_scale: list[float] = field(default_factory=list)
+    """See `spear.training.precision.LossScale.state`."""
+    flops_per_s: float = 0.0
+    """Floating-point operations that training takes per second of audio, an estimate."""
     ranks: list[dict[str, Any]] = field(default_factory=list)
     """Per process: ``metrics``, sums since the last record, and ``modules``, training state of modules by name."""
 
@@ -61,16 +70,20 @@ def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match and (path / STATE).is_file())
 
 
-def save_checkpoint(folder: Path, state: TrainingState, module: nn.Module, average: RunningAverage | None, optimizer: Optimizer) -> Path:
+def save_checkpoint(
+    folder: Path, state: TrainingState, module: nn.Module, average: RunningAverage | None, optimizer: Optimizer, *, writes: bool = True
+) -> Path:
     """Write the checkpoint of ``state.step`` to a temporary folder, then rename it; one that exists is kept.
 
     Args:
         folder: of the run. state: its ``optimizer`` is filled in here. average: None writes no average.
+        writes: whether this process writes; where tensors are spread over processes, all must call this, and one writes.
     Raises:
         SpearError: the disk is full or read-only.
     """
     path = checkpoint_path(folder, state.step)
-    if path.exists():
+    if not writes or path.exists():
+        _gather(module, average, optimizer)
         return path
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -89,6 +102,13 @@ def save_checkpoint(folder: Path, state: TrainingState, module: nn.Module, avera
         finally:
             os.close(handle)
     return path
+
+
+def _gather(module: nn.Module, average: RunningAverage | None, optimizer: Optimizer) -> None:
+    """Take part in gathering what another process writes."""
+    for tensors in (module.state_dict(), average.values if average is not None else {}, _flat_state(optimizer, module)):
+        for value in tensors.values():
+            whole(value.detach())
 
 
 def prune_checkpoints(folder: Path, keep: int, every: int = 1, milestones: Sequence[float] = ()) -> None:
@@ -125,10 +145,10 @@ def read_state(path: Path) -> TrainingState:
         raise CheckpointError(str(error)) from error
     if value.get("version") != VERSION:
         raise CheckpointError(f"{path / STATE} has version {value.get('version')}, but this program reads version {VERSION}")
-    missing = [item.name for item in fields(TrainingState) if item.name not in value]
+    missing = [item.name for item in fields(TrainingState) if item.name not in value and item.name not in _LATER]
     if missing:
         raise CheckpointError(f"{path / STATE} lacks `{missing[0]}`")
-    return TrainingState(**{item.name: value[item.name] for item in fields(TrainingState)})
+    return TrainingState(**{item.name: value[item.name] for item in fields(TrainingState) if item.name in value})
 
 
 def load_checkpoint(path: Path, fingerprint: str, module: nn.Module, average: RunningAverage | None, optimizer: Optimizer) -> TrainingState:
@@ -157,7 +177,8 @@ def load_weights(path: Path, module: nn.Module) -> None:
         CheckpointError: damaged, or of another module.
     """
     try:
-        module.load_state_dict(_tensors(path / MODEL))
+        present = module.state_dict()
+        module.load_state_dict({name: spread_like(value, present.get(name, value)) for name, value in _tensors(path / MODEL).items()})
     except RuntimeError as error:
         raise CheckpointError(f"{path / MODEL} does not fit the module: {' '.join(str(error).split())}") from error
 
@@ -197,12 +218,15 @@ def averaged_weights(end: Path, start: Path | None = None) -> dict[str, Tensor]:
 def optimizer_state(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """An optimiser's state as tensors ``<parameter>/<field>`` and its groups as JSON, parameters by name."""
     names = _parameter_names(optimizer, module)
-    saved = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    for index, values in saved["state"].items():
-        tensors.update({f"{names[index]}/{key}": value for key, value in values.items()})
-    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in saved["param_groups"]]
-    return _owned(tensors), groups
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in optimizer.state_dict()["param_groups"]]
+    return _owned(_flat_state(optimizer, module)), groups
+
+
+def _flat_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """``<parameter>/<field>`` -> tensor."""
+    names = _parameter_names(optimizer, module)
+    states = optimizer.state_dict()["state"].items()
+    return {f"{names[index]}/{key}": value for index, values in states for key, value in values.items()}
 
 
 def load_optimizer_state(optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
@@ -216,10 +240,12 @@ def load_optimizer_state(optimizer: Optimizer, module: nn.Module, tensors: Mappi
     saved_names = [name for group in groups for name in group["params"]]
     if saved_names != names:
         raise CheckpointError(f"the optimiser's state is for {len(saved_names)} parameters in another order or with other names than the module's")
+    parameters = dict(module.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, item = key.rpartition("/")
-        state.setdefault(index_of[name], {})[item] = value
+        alike = value.shape == parameters[name].shape
+        state.setdefault(index_of[name], {})[item] = spread_like(value, parameters[name]) if alike else value
     current = optimizer.state_dict()["param_groups"]
     restored = [
         {key: tuple(value) if isinstance(now.get(key), tuple) else value for key, value in saved.items()} | {"params": now["params"]}
@@ -253,7 +279,7 @@ def _parameter_names(optimizer: Optimizer, module: nn.Module) -> list[str]:
 
 def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU, as safetensors refuses tensors that share memory."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    return {name: whole(value.detach()).to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
 def _tied(model: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, str]:

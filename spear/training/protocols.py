@@ -57,3 +57,6 @@ class TrainModule(Protocol):
 
     def after_step(self, step: int) -> None:
         """Called after every update with the number of updates done, e.g. to move a teacher."""
+
+    def discard_step(self) -> None:
+        """Called instead where the update was left out because its loss or gradient was not finite."""

@@ -1,34 +1,34 @@
-"""The record of a run: ``metrics.jsonl`` (deterministic), ``timing.jsonl`` (not) and TensorBoard."""
+"""The record of a run: ``metrics.jsonl`` (deterministic), ``timing.jsonl`` (not) and whoever else is told."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spear.errors import ArtifactError
 from spear.files import make_folder, write_text, writing
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
+from spear.training.sinks import Sink, TensorBoard, WeightsAndBiases
 
 logger = logging.getLogger(__name__)
-METRICS, TIMING, TENSORBOARD = "metrics.jsonl", "timing.jsonl", "tensorboard"
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+SINKS: dict[str, Callable[[], Sink]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+"""The table of those who can be told."""
 
 
 class Tracker:
     """Writes records of one run; ``metrics.jsonl`` of a killed and resumed run equals that of one never killed, byte by byte.
 
     Args:
-        folder: of the run. tensorboard: whether event files are written as well.
+        folder: of the run. sinks: names in `SINKS`.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool = True) -> None:
-        self.folder, self.tensorboard = folder, tensorboard
-        self._writer: SummaryWriter | None = None
+    def __init__(self, folder: Path, sinks: Sequence[str] = ("tensorboard",)) -> None:
+        self.folder, self.names = folder, sinks
+        self._sinks: list[Sink] = []
 
     def start(self, step: int) -> None:
         """Begin at `step`: records of later steps, which an earlier process made after its last checkpoint, are dropped."""
@@ -36,17 +36,16 @@ class Tracker:
         path = self.folder / METRICS
         kept = [line for line, record in read_records(path) if record["step"] <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
-        if self.tensorboard:
-            # TensorBoard takes a second to import
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=step + 1)
+        for name in self.names:
+            sink = SINKS[name]()
+            sink.start(self.folder, step)
+            self._sinks.append(sink)
 
     def close(self) -> None:
-        """Flush and close TensorBoard's file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """End what `start` began."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
 
     def metrics(self, split: str, step: int, values: Mapping[str, float]) -> None:
         """Append deterministic values of ``train`` or ``valid``; what is not finite is written as null."""
@@ -65,9 +64,8 @@ class Tracker:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def _scalars(self, split: str, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{split}/{name}", value, step)
+        for sink in self._sinks:
+            sink.scalars(split, step, values)
 
 
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -5,39 +5,46 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from spear.errors import SpearError, StopRequested
+from spear.errors import CheckpointError, SpearError, StopRequested
 from spear.files import seed_from
 from spear.progress import Meter
 from spear.training import checkpoint
 from spear.training.averaging import RunningAverage
-from spear.training.bad_batch import report_bad_batch
+from spear.training.bad_batch import failed_update, report_bad_batch
 from spear.training.checkpoint import TrainingState
 from spear.training.config import TrainingConfig
 from spear.training.distributed import World, cpu_threads, pick_device
 from spear.training.metrics import Metrics, Stopwatch, peak_memory_gib
+from spear.training.parallel import recompute, spread
+from spear.training.precision import LossScale, autocast
 from spear.training.protocols import BatchSource, TrainBatch, TrainModule, ValidSource
+from spear.training.reports import Reports
+from spear.training.sharding import local, total_norm
 from spear.training.signals import StopSignals
 from spear.training.tracking import METRICS, Tracker, last_record
+from spear.training.watch import Change, count_flops, speeds
 
 __all__ = ["BatchSource", "TrainBatch", "TrainModule", "Trainer", "TrainingConfig", "TrainingResult", "ValidSource"]
 logger = logging.getLogger(__name__)
 
 
 class TrainingResult(NamedTuple):
-    """A finished run. steps: updates; hours: audio seen; checkpoint: the last one; valid: its validation record, empty without."""
+    """A finished run. steps: updates; hours: audio seen; checkpoint: the last one; valid: its validation record, empty without; flops: an
+    estimate of the operations it took.
+    """
 
     steps: int
     hours: float
     checkpoint: Path
     valid: dict[str, Any]
+    flops: float = 0.0
 
 
 class Trainer:
@@ -76,15 +83,18 @@ class Trainer:
         self.device = pick_device(config.device, self.world)
         self.module = module.to(self.device)
         self.hooks = cast(TrainModule, module)
-        self.model = self.hooks if self.world.size == 1 else self._distributed()
+        if config.recompute:
+            recompute(module)
+        self.parallel = spread(config.parallel, self.module, self.world, self.device, find_unused=config.find_unused_parameters)
+        self.scale, self.reports = LossScale(config.precision), Reports(module)
         self.optimizer = config.optimizer.build(module)
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.schedule = config.schedule.build(config.max_steps)
-        self.average = RunningAverage(module, config.average_period) if self.world.is_main else None
-        self.tracker = tracker or Tracker(folder)
+        self.average = RunningAverage(module, config.average_period) if self.world.is_main or self.parallel.sharded else None
+        self.tracker = tracker or Tracker(folder, config.trackers)
         self.state = TrainingState(fingerprint=fingerprint, average_period=config.average_period, config=description or {})
         self.window, self.watch = Metrics(), Stopwatch(self.device)
-        self.stopping, self.logged_s, self.milestones = False, 0.0, milestones
+        self.stopping, self.logged_s, self.logged_step, self.milestones = False, 0.0, 0, milestones
 
     def run(self) -> TrainingResult:
         """Train to the end.
@@ -92,7 +102,7 @@ class Trainer:
         Raises:
             StopRequested: a signal came; everything is saved.
             CheckpointError: the folder's checkpoints are of another run or damaged.
-            SpearError: loss or gradient is not finite, or the disk is full.
+            SpearError: loss or gradient was not finite too often, an update failed, or the disk is full.
         """
         with ExitStack() as stack:
             stack.enter_context(cpu_threads(self.config.num_threads))
@@ -109,14 +119,21 @@ class Trainer:
                 self._loop(batches, stop, meter)
         self.world.barrier()
         valid = last_record(self.folder / METRICS, "valid")
-        return TrainingResult(self.state.step, self.state.seconds / 3600, checkpoint.checkpoint_path(self.folder, self.state.step), valid)
+        last = checkpoint.checkpoint_path(self.folder, self.state.step)
+        return TrainingResult(self.state.step, self.state.seconds / 3600, last, valid, self.state.flops_per_s * self.state.seconds)
 
     def _loop(self, batches: Iterator[TrainBatch], stop: StopSignals, meter: Meter | None) -> None:
         self.module.train()
         self.watch.lap()
         while self.state.step < self.config.max_steps:
             seconds_before = self.state.seconds
-            self._update(batches, stop)
+            seen: list[TrainBatch] = []
+            try:
+                self._update(batches, seen, stop)
+            except SpearError:
+                raise
+            except Exception as error:
+                raise failed_update(self.folder, self.state.step + 1, seen, error, self.world) from error
             if meter is not None:
                 meter.advance(audio_s=self.state.seconds - seconds_before)
             if self._due(self.config.log_every):
@@ -131,53 +148,93 @@ class Trainer:
                 self.world.barrier()
                 raise StopRequested(f"stopped after update {self.state.step} of {self.config.max_steps}; run again to continue")
 
-    def _update(self, batches: Iterator[TrainBatch], stop: StopSignals) -> None:
-        """One optimiser update from `accumulation` batches of every process."""
+    def _update(self, batches: Iterator[TrainBatch], seen: list[TrainBatch], stop: StopSignals) -> None:
+        """One optimiser update from `accumulation` batches of every process, which are put into `seen`."""
         step, parts = self.state.step, self.config.accumulation
         self.hooks.set_batch_count(self.state.seconds / self.config.reference_s)
-        seen: list[TrainBatch] = []
-        losses, counts = [], []
+        losses, counts, metrics = [], [], []
         for part in range(parts):
             with self.watch.phase("data", host=True):
                 seen.append(next(batches))
+            batch = seen[-1].to(self.device)
+            if step == part == 0:
+                self.state.flops_per_s = self._flops(batch, seen[-1].seconds)
             index = (step * parts + part) * self.world.size + self.world.rank
             torch.manual_seed(seed_from(self.seed, "train", index))
-            with self._sync(part == parts - 1):
-                with self.watch.phase("forward"), self._autocast():
-                    output = self.model(seen[-1].to(self.device), self._generator("mask", index))
+            with self.parallel.sync(part == parts - 1):
+                with self.watch.phase("forward"), autocast(self.config.precision, self.device):
+                    output = self.parallel.model(batch, self._generator("mask", index))
                 with self.watch.phase("backward"):
-                    output.loss.backward()  # type: ignore[no-untyped-call]
+                    (output.loss * self.scale.value).backward()
             losses.append(output.loss.detach().double())
             counts.append(output.count.detach().double())
-            self.window.add({**output.metrics, "loss": torch.stack([losses[-1], counts[-1]])})
+            metrics.append({**output.metrics, "loss": torch.stack([losses[-1], counts[-1]])})
         with self.watch.phase("optimizer"):
             mine = [sum(batch.seconds for batch in seen), float(stop.received is not None)]
             bad = (~torch.isfinite(torch.stack(losses))).sum()
-            total = torch.cat([torch.stack([torch.stack(counts).sum(), bad]), torch.tensor(mine, dtype=torch.float64, device=self.device)])
+            told = [torch.tensor(mine, dtype=torch.float64, device=self.device), self.reports.take(self.device)]
+            total = torch.cat([torch.stack([torch.stack(counts).sum(), bad]), *told])
             norm = self._scale_gradients(self.world.sum_(total)[0])
             # the one place where the host waits for the device
-            _, num_bad, seconds, stopping, grad_norm = torch.cat([total, norm.double().reshape(1)]).tolist()
-            if num_bad or not math.isfinite(grad_norm):
-                report_bad_batch(self.folder, step + 1, seen, [math.isfinite(x) for x in torch.stack(losses).tolist()], self.world)
+            grad_norm, _, num_bad, seconds, stopping, *reports = torch.cat([norm.double().reshape(1), total]).tolist()
             self.state.seconds += seconds
             self.state.step += 1
-            self._set_lr()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        if self.world.is_main:
-            self.window.add({"grad_norm": torch.tensor([grad_norm, 1.0], device=self.device)})
-        self.hooks.after_step(self.state.step)
+            self.stopping = bool(stopping)
+            if num_bad or not math.isfinite(grad_norm):
+                self._leave_out(seen, losses, overflow=not num_bad and self.scale.moves)
+            else:
+                self._step(metrics, grad_norm)
+                self.reports.settle(reports)
         if self.average is not None:
             self.average.update(self.state.step)
-        self.stopping = bool(stopping)
+
+    def _step(self, metrics: list[dict[str, Tensor]], grad_norm: float) -> None:
+        """Move the weights by the gradients that are there, and take note of the batches' metrics."""
+        for found in metrics:
+            self.window.add(found)
+        self._set_lr()
+        change = Change(self.module) if self._due(self.config.log_every) else None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scale.update(self.state.step, overflow=False)
+        norms = {"grad_norm": torch.tensor([grad_norm, 1.0], device=self.device), **(change.norms() if change is not None else {})}
+        if self.world.is_main:
+            self.window.add(norms)
+        self.hooks.after_step(self.state.step)
+
+    def _leave_out(self, seen: list[TrainBatch], losses: list[Tensor], *, overflow: bool) -> None:
+        """Go on without the update whose loss or gradient is not finite; `overflow`: because of the loss scale, which is no fault of the batch.
+
+        Raises:
+            SpearError: it is one too many.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self.hooks.discard_step()
+        if overflow:
+            self.scale.update(self.state.step, overflow=True)
+            return
+        self.state.skipped += 1
+        text = report_bad_batch(self.folder, self.state.step, seen, [math.isfinite(x) for x in torch.stack(losses).tolist()], self.world)
+        if self.state.skipped > self.config.max_skipped:
+            raise SpearError(f"{text}; more than `training.max_skipped` {self.config.max_skipped} updates were left out")
+        if self.world.is_main:
+            logger.warning("%s; the update is left out, %d of at most %d", text, self.state.skipped, self.config.max_skipped)
+
+    def _flops(self, batch: Any, seconds: float) -> float:
+        def run() -> None:
+            with autocast(self.config.precision, self.device):
+                self.parallel.module(batch, None)
+
+        return count_flops(self.module, run, seconds)
 
     def _scale_gradients(self, count: Tensor) -> Tensor:
-        """Turn gradients of the sum of losses, averaged over processes by DDP, into those of the mean over `count` targets; their norm."""
+        """Turn gradients of the scaled sum of losses, averaged over processes, into those of the mean over `count` targets; their norm."""
+        self.parallel.finish()
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         if not grads:
             return count.new_zeros(())
-        torch._foreach_mul_(grads, (self.world.size / count.clamp(min=1.0)).float())
-        return nn.utils.get_total_norm(grads)
+        torch._foreach_mul_([local(grad) for grad in grads], (self.world.size / count.clamp(min=1.0) / self.scale.value).float())
+        return total_norm(grads)
 
     def _set_lr(self) -> None:
         factor = self.schedule.lr_factor(self.state.step, self.state.seconds / 3600)
@@ -192,9 +249,16 @@ class Trainer:
         if self.world.is_main:
             drawn = self.state.step * self.world.size * self.config.accumulation
             progress = {"epoch": drawn / self.train.batches_per_epoch, "hours": self.state.seconds / 3600, "lr": self.state.lr}
+            if self.state.skipped:
+                progress["skipped"] = self.state.skipped
+            if self.scale.moves:
+                progress["loss_scale"] = self.scale.value
             self.tracker.metrics("train", self.state.step, {**progress, **averages})
-            speed = {"audio_s_per_s": (self.state.seconds - self.logged_s) / wall, "wall_s": wall, "peak_memory_gib": peak_memory_gib(self.device)}
-            self.tracker.timing(self.state.step, {**speed, **{f"{name}_s": value for name, value in phases.items()}})
+            done, left = self.state.step - self.logged_step, self.config.max_steps - self.state.step
+            figures = speeds(wall, phases, self.state.seconds - self.logged_s, done, left, self.state.flops_per_s)
+            figures["peak_memory_gib"] = peak_memory_gib(self.device)
+            self.tracker.timing(self.state.step, {**figures, **{f"{name}_s": value for name, value in phases.items()}})
+        self.logged_step = self.state.step
         self.logged_s = self.state.seconds
 
     @torch.no_grad()
@@ -203,7 +267,7 @@ class Trainer:
         self.module.eval()
         torch.manual_seed(seed_from(self.seed, "valid"))
         for i, batch in enumerate(valid.iterate(self.world.rank, self.world.size)):
-            with self._autocast():
+            with autocast(self.config.precision, self.device):
                 output = self.hooks(batch.to(self.device), self._generator("valid", i))
             metrics.add({**output.metrics, "loss": torch.stack([output.loss.double(), output.count.double()])})
         self.module.train()
@@ -215,8 +279,10 @@ class Trainer:
 
     def _save(self) -> None:
         self.state.ranks = self.world.gather({"metrics": self.window.state(), "modules": checkpoint.module_states(self.module)})
+        self.state.loss_scale = self.scale.state() if self.scale.moves else []
+        if self.world.is_main or self.parallel.sharded:
+            path = checkpoint.save_checkpoint(self.folder, self.state, self.module, self.average, self.optimizer, writes=self.world.is_main)
         if self.world.is_main:
-            path = checkpoint.save_checkpoint(self.folder, self.state, self.module, self.average, self.optimizer)
             self._prune()
             logger.info("saved %s", path)
 
@@ -228,12 +294,15 @@ class Trainer:
         if not found:
             return
         self.state = checkpoint.load_checkpoint(found[-1][1], self.state.fingerprint, self.module, self.average, self.optimizer)
+        if self.state.step > self.config.max_steps:
+            raise CheckpointError(f"{found[-1][1]} is beyond `training.max_steps` {self.config.max_steps}: take more, or train in another folder")
+        self.scale.load(self.state.loss_scale)
         ranks, rank = self.state.ranks, self.world.rank
         checkpoint.load_module_states(self.module, ranks[rank % len(ranks)]["modules"])
         # with fewer processes than before, each takes over the sums of several
         for remembered in ranks[rank :: self.world.size]:
             self.window.add_state(remembered["metrics"], self.device)
-        self.logged_s = self.state.seconds
+        self.logged_s, self.logged_step = self.state.seconds, self.state.step
         if self.world.is_main:
             self._prune()
         logger.info("continuing from %s", found[-1][1])
@@ -243,14 +312,3 @@ class Trainer:
 
     def _generator(self, *parts: object) -> torch.Generator:
         return torch.Generator().manual_seed(seed_from(self.seed, *parts))
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
-
-    def _distributed(self) -> TrainModule:
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        unused = self.config.find_unused_parameters
-        return cast(TrainModule, DistributedDataParallel(self.module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=unused))
-
-    def _sync(self, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if last or not isinstance(self.model, DistributedDataParallel) else self.model.no_sync()

@@ -51,8 +51,9 @@ def in_two_processes(rank: int, port: int, folder: Path) -> None:
         except StopRequested as error:
             seen["stopped"] = str(error)
         toy_trainer(folder / "stopped", world=world, accumulation=1).run()
+        toy_trainer(folder / "skipped", ToySource(make=spoil), world=world, accumulation=1).run()
         try:
-            toy_trainer(folder / "bad", ToySource(make=spoil), world=world, accumulation=1).run()
+            toy_trainer(folder / "bad", ToySource(make=spoil), world=world, accumulation=1, max_skipped=0).run()
         except SpearError as error:
             seen["bad"] = str(error)
         metrics = Metrics()
@@ -105,6 +106,15 @@ def test_two_processes_both_raise_spear_error_when_the_loss_of_one_is_not_finite
         assert str(entry["seen"]["bad"]).startswith("the loss of update 4 is not finite; cuts cut-7-0, cut-7-1, cut-7-2; the batch is in")
     files = sorted(path.name for path in (two_processes / "bad/bad_batch").iterdir())
     assert files == [f"step-00000004-rank-{rank}-part-0.safetensors" for rank in (0, 1)]
+
+
+def test_two_processes_both_leave_out_an_update_that_is_not_finite_on_one(two_processes: Path) -> None:
+    files = sorted(path.name for path in (two_processes / "skipped/bad_batch").iterdir())
+    assert files == [f"step-00000004-rank-{rank}-part-0.safetensors" for rank in (0, 1)]
+    state = json.loads((two_processes / "skipped/checkpoints/step-00000020/state.json").read_text())
+    assert state["skipped"] == 1
+    records = [json.loads(line) for line in (two_processes / "skipped/metrics.jsonl").read_text().splitlines()]
+    assert all(record["loss"] is not None for record in records)
 
 
 def test_metrics_average_over_processes(two_processes: Path) -> None:

@@ -20,7 +20,7 @@ from spear.training.tracking import Tracker, last_record, read_records
 
 
 def write_three(folder: Path) -> Tracker:
-    tracker = Tracker(folder, tensorboard=False)
+    tracker = Tracker(folder, sinks=())
     tracker.start(0)
     for step in (2, 4, 6):
         tracker.metrics("train", step, {"loss": 1.0 / step})
@@ -39,7 +39,7 @@ def test_tracker_drops_records_after_the_step_it_starts_at(tmp_path: Path) -> No
     before = (tmp_path / "metrics.jsonl").read_text()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "sp')
-    tracker = Tracker(tmp_path, tensorboard=False)
+    tracker = Tracker(tmp_path, sinks=())
     tracker.start(4)
     assert [record["step"] for _, record in read_records(tmp_path / "metrics.jsonl")] == [2, 4]
     tracker.metrics("train", 6, {"loss": 1.0 / 6})

@@ -136,6 +136,23 @@ def test_trainer_does_nothing_more_when_finished(tmp_path: Path, uninterrupted: 
     assert read_outcome(tmp_path) == uninterrupted
 
 
+def test_trainer_lengthens_a_run_to_the_same_weights(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    toy_trainer(tmp_path, max_steps=11).run()
+    assert toy_trainer(tmp_path, max_steps=20).run().steps == 20
+    found = read_outcome(tmp_path)
+    for name in ("model.safetensors", "average.safetensors", "optimizer.safetensors"):
+        assert found[name] == uninterrupted[name], name
+    with pytest.raises(CheckpointError, match="step-00000020 is beyond `training.max_steps` 12"):
+        toy_trainer(tmp_path, max_steps=12).run()
+
+
+def test_trainer_may_record_and_save_at_other_times_when_continued(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    with pytest.raises(StopRequested):
+        toy_trainer(tmp_path, signal_at(13, signal.SIGTERM), log_every=1, save_every=3, validate_every=2).run()
+    toy_trainer(tmp_path, log_every=7, keep_checkpoints=5).run()
+    assert read_outcome(tmp_path)["model.safetensors"] == uninterrupted["model.safetensors"]
+
+
 def test_trainer_raises_checkpoint_error_when_the_fingerprint_differs(tmp_path: Path) -> None:
     toy_trainer(tmp_path).run()
     other = Trainer(toy_config(), ToyModule(), ToySource(), None, tmp_path, 7, "another-run")
@@ -153,9 +170,15 @@ def test_trainer_lowers_the_loss_and_records_it(tmp_path: Path) -> None:
     batches = [make_batch(g) for g in range(120)]
     assert train[-1]["hours"] == pytest.approx(sum(batch.seconds for batch in batches) / 3600)
     assert train[-1]["epoch"] == pytest.approx(120 / 7)
-    assert set(train[-1]) == {"step", "split", "epoch", "hours", "lr", "loss", "loss/odd", "loss/even", "grad_norm"}
+    assert set(train[-1]) == {"step", "split", "epoch", "hours", "lr", "loss", "loss/odd", "loss/even", "grad_norm", "param_norm", "update_norm"}
     timing = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
     assert {"audio_s_per_s", "wall_s", "data_s", "forward_s", "backward_s", "optimizer_s", "peak_memory_gib"} <= set(timing[0])
+    assert all(0 < record["utilisation"] <= 1 for record in timing)
+    assert [record["eta_s"] > 0 for record in timing] == [True, True, False]
+    # three passes of body (6 x 8) and head (8 x 4), two operations each, over all frames of batch 0
+    frames = make_batch(0).features.shape[0] * make_batch(0).features.shape[1]
+    flops = 3 * 2 * frames * (6 * 8 + 8 * 4) / make_batch(0).seconds
+    assert timing[0]["tflops"] == pytest.approx(flops * timing[0]["audio_s_per_s"] / 1e12, rel=1e-4)
 
 
 def test_trainer_loss_is_weighted_by_targets(tmp_path: Path) -> None:
@@ -240,11 +263,14 @@ def test_trainer_raises_spear_error_when_something_is_not_finite(tmp_path: Path,
             batch.features[0, 0] = math.nan
         return batch
 
-    trainer = toy_trainer(tmp_path, ToySource(make=make))
+    trainer = toy_trainer(tmp_path, ToySource(make=make), max_skipped=0)
     if where == "gradient":
         trainer.train = ToySource()
         trainer.module.body.weight.register_hook(lambda grad: grad * math.inf if trainer.state.step == 5 else grad)
-    with pytest.raises(SpearError, match=f"the {where} of update 6 is not finite; cuts .*cut-11-0.*bad_batch") as caught:
+    with pytest.raises(
+        SpearError,
+        match=f"the {where} of update 6 is not finite; cuts .*cut-11-0.*bad_batch; more than `training.max_skipped` 0 updates were left out",
+    ) as caught:
         trainer.run()
     assert "\n" not in str(caught.value)
     assert ("cut-10-0" in str(caught.value)) == (where == "gradient")
@@ -336,7 +362,10 @@ def test_trainer_groups_parameters_by_lr_scale(tmp_path: Path) -> None:
         ({"accumulation": -1}, "`accumulation` must be at least 1"),
         ({"reference_s": 0.0}, "`reference_s` must be above 0"),
         ({"num_threads": 0}, "`num_threads` must be at least 1"),
-        ({"precision": "fp16"}, "`precision` must be one of fp32, bf16, but is 'fp16'"),
+        ({"precision": "fp8"}, "`precision` must be one of fp32, bf16, fp16, but is 'fp8'"),
+        ({"parallel": "tp"}, "`parallel` must be one of ddp, fsdp, but is 'tp'"),
+        ({"max_skipped": -1}, "`max_skipped` must be at least 0"),
+        ({"trackers": ["mlflow"]}, "`trackers` must be among tensorboard, wandb, but has 'mlflow'"),
         ({"device": "tpu"}, "`device` must be one of auto, cpu, cuda"),
     ],
 )

@@ -57,6 +57,7 @@ class ToyModule(nn.Module):
         self.gain = nn.Parameter(torch.tensor(1.0))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.counts: list[float] = []
+        self.discarded = 0
 
     def forward(self, batch: Batch, generator: torch.Generator | None) -> StepOutput:
         x = batch.features
@@ -75,6 +76,9 @@ class ToyModule(nn.Module):
 
     def after_step(self, step: int) -> None:
         self.steps.fill_(step)
+
+    def discard_step(self) -> None:
+        self.discarded += 1
 
 
 def make_batch(g: int) -> Batch:
@@ -145,7 +149,7 @@ def toy_trainer(folder: Path, source: ToySource | None = None, *, world: World |
     """A trainer of a fresh toy module."""
     torch.manual_seed(0)
     module = ToyModule(habit=habit)
-    tracker = Tracker(folder, tensorboard=False)
+    tracker = Tracker(folder, sinks=())
     return Trainer(toy_config(**changes), module, source or ToySource(), ToyValid(), folder, 7, "toy-run", world=world, tracker=tracker)
 
 

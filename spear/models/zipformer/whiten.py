@@ -78,7 +78,8 @@ class Whiten(ScheduledModule):
     """Applies the whitening gradient to a random share of the training calls; the identity otherwise.
 
     Where the metric reaches `limit`, the gradient of the metric, scaled to `grad_scale` times the norm of the gradient, is added.
-    A module below its limit is visited in 2.5 % of the calls, one above it in 25 %.
+    A module below its limit is visited in 2.5 % of the calls, one above it in 25 %. In a training this changes between updates, for what
+    the batches of all processes say (see `spear.training.reports`), so that it does not matter how they are dealt out.
     """
 
     def __init__(self, limit: Schedule | float, *, num_groups: int = 1, grad_scale: float = 0.01) -> None:
@@ -87,6 +88,7 @@ class Whiten(ScheduledModule):
         self._prob = HIGH_PROB
         self._above: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
+        self._reports: list[Tensor] | None = None
 
     @property
     def prob(self) -> float:
@@ -104,11 +106,24 @@ class Whiten(ScheduledModule):
 
     def report(self, above: Tensor) -> None:
         """Take note whether the metric reached the limit; () bool. A GPU sends it on its own time."""
+        if self._reports is not None:
+            self._reports.append(above)
+            return
         self._above, self._arrived = above, None
         if above.device.type == "cuda":
             self._above = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(above, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()  # type: ignore[no-untyped-call]
+
+    def take_reports(self) -> list[Tensor]:
+        """The reports since the last call, () bool; from the first call on, `settle` alone changes the share of calls."""
+        found, self._reports = self._reports or [], []
+        return found
+
+    def settle(self, reports: int, above: int) -> None:
+        """Take the share of calls that follows from so many `reports` of an update, of which `above` reached the limit."""
+        if reports:
+            self._prob = HIGH_PROB if above else LOW_PROB
 
     def training_state(self) -> float:
         """The state a checkpoint must keep."""

@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 
 from spear.bounds import above, at_least
 from spear.training.optim.base import OptimizerConfig, check_betas, parameter_groups
+from spear.training.sharding import is_sharded, local, total_norm
+
+CLIP_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,12 +44,12 @@ class AdamWConfig(OptimizerConfig):
         """AdamW over the parameters of `module` that need a gradient."""
         groups: list[dict[str, Any]] = []
         for group in parameter_groups(module, self.lr):
-            matrices = [p for p in group["params"] if p.ndim >= 2]
-            vectors = [p for p in group["params"] if p.ndim < 2]
+            kinds: dict[tuple[bool, bool], list[Tensor]] = {}
+            for p in group["params"]:
+                kinds.setdefault((p.ndim < 2, not is_sharded(p)), []).append(p)
             groups += [
-                {"params": params, "lr": group["lr"], "weight_decay": decay}
-                for params, decay in ((matrices, self.weight_decay), (vectors, 0.0))
-                if params
+                {"params": params, "lr": group["lr"], "weight_decay": 0.0 if vectors else self.weight_decay}
+                for (vectors, _), params in sorted(kinds.items(), key=lambda item: item[0])
             ]
         return AdamW(groups, betas=tuple(self.betas), eps=self.eps, clip_norm=self.clip_norm)
 
@@ -67,7 +70,8 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         if self.clip_norm is not None:
-            parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            grads: list[Tensor] = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            factor = (self.clip_norm / (total_norm(grads) + CLIP_EPS)).clamp(max=1.0)
+            torch._foreach_mul_([local(grad) for grad in grads], factor)
         super().step()
         return loss

@@ -51,6 +51,9 @@ class ScheduleConfig(Registry):
         "cosine": "spear.training.optim.warmup:CosineConfig",
     }
 
+    FITS_ANY_LENGTH: ClassVar[bool] = False
+    """Whether the schedule is the same for a run of any length, so that a finished one can be lengthened."""
+
     def build(self, max_steps: int) -> Schedule:
         """Make the schedule of a run of `max_steps` updates."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ audio in place of epochs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from spear.bounds import above, at_least, within
 from spear.training.optim.base import Schedule, ScheduleConfig
@@ -15,6 +16,8 @@ from spear.training.optim.base import Schedule, ScheduleConfig
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EdenConfig(ScheduleConfig):
     """Eden: ``((b^2 + B^2) / B^2)^-0.25 * ((h^2 + H^2) / H^2)^-0.25 * warmup(b)``, b updates and h hours of audio."""
+
+    FITS_ANY_LENGTH: ClassVar[bool] = True
 
     lr_steps: float = 7500.0
     """B, updates after which the rate begins to fall."""
@@ -45,6 +48,8 @@ class EdenConfig(ScheduleConfig):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Eden2Config(ScheduleConfig):
     """Eden2: ``((b^2 + B^2) / B^2)^-0.5 * warmup(b)``, blind to the amount of audio."""
+
+    FITS_ANY_LENGTH: ClassVar[bool] = True
 
     lr_steps: float = 7500.0
     """B, updates after which the rate begins to fall."""

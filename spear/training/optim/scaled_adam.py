@@ -20,6 +20,7 @@ from spear.errors import ConfigError
 from spear.training.optim.base import OptimizerConfig, check_betas, parameter_groups
 from spear.training.optim.clipping import Variant, clip_factor, clip_state
 from spear.training.optim.kernels import Moments, ScaledAdamLoops, scaled_adam_loops
+from spear.training.sharding import is_sharded, local, part_like, sum_over
 
 BIAS_CORRECTED_BELOW = 0.99
 SIZE_STEP_LIMIT = 0.1
@@ -84,7 +85,10 @@ class Sizes:
 
 @dataclass(slots=True)
 class Stack:
-    """Tensors of one shape and type with their optimiser state, batched on a new first axis."""
+    """Tensors of one shape and type with their optimiser state, batched on a new first axis.
+
+    Of tensors that are spread over processes (see `spear.training.sharding`) it holds this process's parts; sizes are those of the whole.
+    """
 
     params: list[Tensor]
     """B tensors."""
@@ -101,17 +105,30 @@ class Stack:
 
     def values(self) -> Tensor:
         """(B, ...) the tensors' values; a view of the only one, else a copy."""
-        return self.params[0].unsqueeze(0) if len(self.params) == 1 else torch.stack(self.params)
+        return local(self.params[0]).unsqueeze(0) if len(self.params) == 1 else torch.stack([local(p) for p in self.params])
 
     def gradients(self) -> Tensor:
         """(B, ...) the tensors' gradients, zeros where there is none."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.params]
         return grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
 
     def add(self, values: Tensor) -> None:
         """Move the tensors to `values` + delta."""
-        moved = values + self.delta
-        torch._foreach_copy_(self.params, list(moved.unbind(0)))
+        self.put(values + self.delta)
+
+    def put(self, values: Tensor) -> None:
+        """Set the tensors' values."""
+        torch._foreach_copy_([local(p) for p in self.params], list(values.unbind(0)))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """(B, 1, ...) sums of values (B, ...) over each whole tensor."""
+        return sum_over(values.sum(dim=list(range(1, values.ndim)), keepdim=True), self.params[0])
+
+    def rms(self, values: Tensor) -> Tensor:
+        """(B, 1, ...) root mean squares of values (B, ...) over each whole tensor."""
+        if is_sharded(self.params[0]):
+            return (self.sum(values.square()) / self.params[0].numel()).sqrt()
+        return values.square().mean(dim=list(range(1, values.ndim)), keepdim=True).sqrt()
 
 
 class ScaledAdam(Optimizer):
@@ -178,19 +195,18 @@ class ScaledAdam(Optimizer):
                 stack.moments = stack.loops.moments(stack.params[0], stack.params[0].grad)
                 squares.append(stack.sizes.rms.square().sum() * stack.moments.gg)
             else:
-                squares.append((stack.gradients() * factor).square().sum())
+                squares.append(sum_over((stack.gradients() * factor).square().sum(), stack.params[0]))
         norm = float(torch.stack(squares).sum().sqrt())
         return clip_factor(group, norm, step=int(group["step"]), clipping_scale=self.config.clipping_scale, variant=self.config.variant)
 
     def _update(self, stack: Stack, sizes: Sizes, grad: Tensor, lr: float, step: int) -> None:
         (beta1, beta2), eps = self.config.betas, self.config.eps
         values = stack.values()
-        axes = list(range(1, values.ndim))
         stack.delta.mul_(beta1)
         period = self.config.size_update_period
-        sizes.grads[step % period] = (values * grad).sum(dim=axes, keepdim=True)
+        sizes.grads[step % period] = stack.sum(values * grad)
         if step % period == period - 1:
-            sizes.rms.copy_(values.square().mean(dim=axes, keepdim=True).sqrt())
+            sizes.rms.copy_(stack.rms(values))
             if step > 0:
                 stack.delta.add_(values * self._size_step(sizes, lr, step), alpha=1 - beta1)
         stack.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -245,7 +261,7 @@ class ScaledAdam(Optimizer):
             moment = stack.exp_avg_sq / (1 - beta2 ** (step + 1))
         stack.delta.mul_(beta1).add_(grad / moment.sqrt().add_(eps), alpha=-lr * self.config.scalar_lr_scale * (1 - beta1))
         if self.config.variant == "master":
-            torch._foreach_copy_(stack.params, list((values + stack.delta).clamp_(-limit, limit).unbind(0)))
+            stack.put((values + stack.delta).clamp_(-limit, limit))
         else:
             stack.add(values.clamp(-limit, limit))
 
@@ -254,7 +270,7 @@ class ScaledAdam(Optimizer):
         alike: dict[tuple[Any, ...], list[Tensor]] = {}
         for number, p in enumerate(params):
             alone = number if p.device.type == "cpu" and p.numel() >= ALONE_FROM else -1
-            alike.setdefault((str(p.dtype), str(p.device), *p.shape, alone), []).append(p)
+            alike.setdefault((str(p.dtype), f"{p.device}{' spread' * is_sharded(p)}", *p.shape, alone), []).append(p)
         stacks = []
         for key in sorted(alike):
             same = alike[key]
@@ -266,8 +282,9 @@ class ScaledAdam(Optimizer):
                     exp_avg_sq=torch.stack([s["scale_exp_avg_sq"] for s in states]),
                     grads=torch.stack([s["scale_grads"] for s in states], dim=1),
                 )
-            stack = Stack(same, torch.stack([s["delta"] for s in states]), torch.stack([s["exp_avg_sq"] for s in states]), sizes)
-            if key[-1] >= 0 and same[0].dtype == torch.float32 and same[0].is_contiguous():
+            delta, exp_avg_sq = (torch.stack([local(s[name]) for s in states]) for name in ("delta", "exp_avg_sq"))
+            stack = Stack(same, delta, exp_avg_sq, sizes)
+            if key[-1] >= 0 and not is_sharded(same[0]) and same[0].dtype == torch.float32 and same[0].is_contiguous():
                 stack.loops = scaled_adam_loops()
             for i, p in enumerate(same):
                 self.state[p] = _view(stack, i)
@@ -277,14 +294,16 @@ class ScaledAdam(Optimizer):
     def _fresh_state(self, p: Tensor) -> dict[str, Tensor]:
         state = {"delta": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         if p.numel() > 1:
-            state["param_rms"] = p.square().mean().sqrt().reshape([1] * p.ndim)
+            mean = sum_over(local(p).square().sum(), p) / p.numel() if is_sharded(p) else p.square().mean()
+            state["param_rms"] = mean.sqrt().reshape([1] * p.ndim)
             state["scale_exp_avg_sq"] = torch.zeros_like(state["param_rms"])
             state["scale_grads"] = state["param_rms"].new_zeros([self.config.size_update_period, *state["param_rms"].shape])
         return state
 
 
 def _view(stack: Stack, i: int) -> dict[str, Tensor]:
-    state = {"delta": stack.delta[i], "exp_avg_sq": stack.exp_avg_sq[i]}
+    p = stack.params[i]
+    state = {"delta": part_like(stack.delta[i], p), "exp_avg_sq": part_like(stack.exp_avg_sq[i], p)}
     if stack.sizes is not None:
         state |= {"param_rms": stack.sizes.rms[i], "scale_exp_avg_sq": stack.sizes.exp_avg_sq[i], "scale_grads": stack.sizes.grads[:, i]}
     return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from spear.bounds import at_least, within
 from spear.training.optim.base import Schedule, ScheduleConfig
@@ -13,6 +14,8 @@ from spear.training.optim.eden import warmup
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConstantConfig(ScheduleConfig):
     """Linear warm-up from 0, then the base rate."""
+
+    FITS_ANY_LENGTH: ClassVar[bool] = True
 
     warmup_steps: int = 0
     """Updates of warm-up."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spear.errors import ConfigError
-from spear.types import IGNORE, TokenSpec
+from spear.types import IGNORE, FrameSpec, TokenSpec
 
 Align = Literal["index", "time"]
 MAX_DENOMINATOR = 1000
@@ -35,7 +35,7 @@ class FrameMap(NamedTuple):
         return first[:, None] + torch.arange(self.group)
 
 
-def frame_map(spec: TokenSpec, frame_rate_hz: float, first_frame_s: float, align: Align) -> FrameMap:
+def frame_map(spec: TokenSpec | FrameSpec, frame_rate_hz: float, first_frame_s: float, align: Align) -> FrameMap:
     """How one teacher's token frames meet the student's frames.
 
     ``index`` (the paper): student frame t takes teacher frames floor(t*r) .. +ceil(r)-1 with r the ratio of the rates, so r = 2

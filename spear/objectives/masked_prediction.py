@@ -10,11 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spear.errors import ConfigError
-from spear.models.base import Encoder
-from spear.models.heads import CodebookHead
+from spear.models.base import FBANK_RATE_HZ, Encoder
+from spear.models.heads import HeadConfig, LinearHeadConfig
+from spear.models.student import Student
 from spear.objectives.alignment import Align, FrameMap, align_tokens, frame_map
+from spear.objectives.balance import BalanceConfig, FixedConfig
 from spear.objectives.base import Objective, ObjectiveConfig
 from spear.types import IGNORE, Batch, StepOutput, StudentOutput, TokenSpec
+
+DURATIONS_S = (2, 5, 10, 20)
+"""Edges of the classes of durations by which a teacher's match is told apart."""
+DURATION_NAMES = [*(f"{low}-{high}s" for low, high in zip((0, *DURATIONS_S), DURATIONS_S)), f"{DURATIONS_S[-1]}s-"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +35,11 @@ class MaskedPredictionConfig(ObjectiveConfig):
     """``index`` pairs frames by number (the paper), ``time`` by the times of their centres."""
     delay_frames: int = 0
     """Student frame t + delay predicts token frame t; look-ahead for streaming students."""
+    balance: BalanceConfig = field(default_factory=FixedConfig)
+    """How the teachers' losses are weighed against each other beside `weights`."""
+
+    head: HeadConfig = field(default_factory=LinearHeadConfig)
+    """How the student's features become logits."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -67,11 +78,12 @@ class MaskedPredictionConfig(ObjectiveConfig):
 
 
 class _Terms(NamedTuple):
-    """Per-frame results of one teacher on the valid frames of a batch."""
+    """Results of one teacher on the valid frames of a batch."""
 
     loss: Tensor  # (M,) cross-entropy, mean over codebooks
-    correct: Tensor  # (M,) share of codebooks right
+    valid: Tensor  # (N, T) where there is a target
     item: Tensor  # (M,) index of the cut
+    by_cut: Tensor  # (N, 2 + C) per cut: frames, sum of `loss`, and per codebook how many are right; detached
 
 
 class MaskedPrediction(Objective):
@@ -80,6 +92,7 @@ class MaskedPrediction(Objective):
     For teacher k with codebooks 1..C and frame weight a = 2 (alpha m + (1 - alpha)(1 - m)), m = 1 on masked frames,
     the loss is the sum over cuts n and frames t of weights[domain_n][k] a_t mean_c CE(logits_c, token_c), and the count is
     the number of student frames with at least one target. In evaluation, where nothing is masked, a = 1.
+    Where a batch has second tokens (soft token mixing), CE is its mean over the two tokens with their probabilities.
     """
 
     def __init__(self, config: MaskedPredictionConfig, encoder: Encoder, specs: dict[str, TokenSpec]) -> None:
@@ -89,49 +102,101 @@ class MaskedPrediction(Objective):
             name: frame_map(spec, encoder.frame_rate_hz, encoder.first_frame_s, config.align) for name, spec in specs.items()
         }
         self.heads = nn.ModuleDict(
-            {name: CodebookHead(encoder.dim, spec.num_codebooks * self.maps[name].group, spec.codebook_size) for name, spec in specs.items()}
+            {name: config.head.build(encoder.dim, spec.num_codebooks * self.maps[name].group, spec.codebook_size) for name, spec in specs.items()}
         )
+        self.balance = config.balance.build(list(self.heads))
 
     def forward(self, output: StudentOutput, batch: Batch) -> StepOutput:
-        """See Objective.forward; metrics are ``loss`` and ``accuracy`` per teacher and domain, and ``masked_share``."""
+        """See Objective.forward; metrics are ``loss`` and ``accuracy`` per teacher and domain, ``match`` also per class of durations, in
+        evaluation ``codebook`` per teacher and codebook (both shares of right tokens), and ``masked_share``.
+        """
         delay = self.config.delay_frames
         features, masked = output.features[:, delay:], (output.masked_share[:, delay:] >= 0.5).float()
         lens = (output.lens - delay).clamp(min=0)
         frame_weight = 2 * (self.config.alpha * masked + (1 - self.config.alpha) * (1 - masked))  # (N, T)
         if not self.training:
             frame_weight = torch.ones_like(frame_weight)  # nothing is masked
+        weights = [[self.config.weights.get(domain, {}).get(name, 0.0) for name in self.heads] for domain in batch.domains]
+        weight = features.new_tensor(weights, dtype=torch.float32)  # (N, teachers)
+        terms = [self._terms(name, features, batch, lens, weight[:, k] > 0) for k, name in enumerate(self.heads)]
+        if self.training:
+            sums = torch.stack([term.by_cut[:, :2] for term in terms], dim=2)  # (N, 2, teachers)
+            factors = self.balance(sums[:, 1], sums[:, 0])
+            weight = weight if factors is None else weight * factors
         total = features.new_zeros((), dtype=torch.float32)
         covered = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
-        metrics: dict[str, Tensor] = {}
-        for name in self.heads:
-            targets = align_tokens(batch.tokens[name], batch.token_lens[name], self.maps[name], lens, features.shape[1])
-            weight = features.new_tensor([self.config.weights.get(domain, {}).get(name, 0.0) for domain in batch.domains], dtype=torch.float32)
-            valid = (targets != IGNORE).all(dim=-1) & (weight > 0)[:, None]  # (N, T)
-            terms = self._terms(name, features, targets, valid)
-            total = total + (terms.loss * weight[terms.item] * frame_weight[valid]).sum()
-            covered |= valid
-            metrics.update(self._metrics(name, terms, batch.domains))
+        for k, term in enumerate(terms):
+            total = total + (term.loss * weight[term.item, k] * frame_weight[term.valid]).sum()
+            covered |= term.valid
         frames = torch.arange(features.shape[1], device=features.device) < lens[:, None]
+        metrics = self._metrics(terms, batch)
         metrics["masked_share"] = torch.stack([masked[frames].sum(), frames.sum().float()]).detach()
         return StepOutput(total, covered.sum(), metrics)
 
-    def _terms(self, name: str, features: Tensor, targets: Tensor, valid: Tensor) -> _Terms:
-        """Only valid frames reach the head; with none, the head still joins the graph so that DDP sees its gradient."""
-        logits = self.heads[name](features[valid][None])[0]  # (M, C, K)
-        wanted = targets[valid]  # (M, C)
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").reshape(wanted.shape).mean(dim=1)
-        with torch.no_grad():
-            correct = (logits.argmax(dim=-1) == wanted).float().mean(dim=1)
-        return _Terms(loss, correct, valid.nonzero()[:, 0])
+    def after_step(self, step: int, student: Student) -> None:
+        """Let the balance take note of the update."""
+        self.balance.after_step()
 
-    def _metrics(self, name: str, terms: _Terms, domains: list[str]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}  # the same names on every rank, whatever its batch holds
-        loss = terms.loss.detach()
-        for domain in sorted(self.config.weights):
-            if name not in self.config.labels(domain):
-                continue
-            belongs = torch.tensor([d == domain for d in domains], device=loss.device)[terms.item].float()
-            count = belongs.sum()
-            found[f"loss/{name}/{domain}"] = torch.stack([(loss * belongs).sum(), count])
-            found[f"accuracy/{name}/{domain}"] = torch.stack([(terms.correct * belongs).sum(), count])
+    def discard_step(self) -> None:
+        """Let the balance forget the update."""
+        self.balance.discard_step()
+
+    def _terms(self, name: str, features: Tensor, batch: Batch, lens: Tensor, used: Tensor) -> _Terms:
+        """Only valid frames reach the head; with none, the head still joins the graph so that DDP sees its gradient."""
+        num_frames = features.shape[1]
+        targets = align_tokens(batch.tokens[name], batch.token_lens[name], self.maps[name], lens, num_frames)
+        valid = (targets != IGNORE).all(dim=-1) & used[:, None]  # (N, T)
+        item = valid.nonzero()[:, 0]
+        logits = self.heads[name](features[valid][None])[0]  # (M, C, K)
+        if name in batch.second and batch.second_share is not None:
+            second = align_tokens(batch.second[name], batch.token_lens[name], self.maps[name], lens, num_frames)[valid]
+            loss, correct = _two_points(logits, targets[valid], second, batch.second_share[item])
+        else:
+            loss, correct = _one_point(logits, targets[valid])
+        with torch.no_grad():
+            dense = correct.new_zeros(*valid.shape, 2 + correct.shape[1])
+            dense[valid] = torch.cat([torch.ones_like(loss)[:, None], loss[:, None], correct], dim=1)
+        return _Terms(loss, valid, item, dense.sum(dim=1))
+
+    @torch.no_grad()
+    def _metrics(self, terms: list[_Terms], batch: Batch) -> dict[str, Tensor]:
+        """Sums and counts; the same names on every rank, whatever its batch holds."""
+        found: dict[str, Tensor] = {}
+        domains = sorted(self.config.weights)
+        edges = batch.feature_lens.new_tensor(DURATIONS_S) * int(FBANK_RATE_HZ)
+        group = torch.bucketize(batch.feature_lens, edges, right=True)
+        own = [[float(domain == wanted) for wanted in domains] for domain in batch.domains]
+        belongs = terms[0].by_cut.new_tensor(own)[:, :, None] * F.one_hot(group, len(DURATIONS_S) + 1)[:, None]  # (N, domains, groups)
+        for name, term in zip(self.heads, terms):
+            count, loss, correct = term.by_cut[:, 0], term.by_cut[:, 1], term.by_cut[:, 2:]
+            # no matrix product, which autocast would round
+            sums = (belongs[..., None] * torch.stack([count, loss, correct.mean(dim=1)], dim=1)[:, None, None]).sum(dim=0)
+            for d, domain in enumerate(domains):
+                if name not in self.config.labels(domain):
+                    continue
+                of_domain = sums[d].sum(dim=0)
+                found[f"loss/{name}/{domain}"] = of_domain[[1, 0]]
+                found[f"accuracy/{name}/{domain}"] = of_domain[[2, 0]]
+                for g, label in enumerate(DURATION_NAMES):
+                    found[f"match/{name}/{domain}/{label}"] = sums[d, g, [2, 0]]
+            if not self.training:
+                for c in range(correct.shape[1]):
+                    found[f"codebook/{name}/{c}"] = torch.stack([correct[:, c].sum(), count.sum()])
         return found
+
+
+def _one_point(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (M,), mean over codebooks, and what is right (M, C) of logits (M, C, K) against tokens (M, C)."""
+    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").reshape(wanted.shape).mean(dim=1)
+    return loss, (logits.detach().argmax(dim=-1) == wanted).float()
+
+
+def _two_points(logits: Tensor, wanted: Tensor, second: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_one_point`, its mean where each token is drawn: `second` (M, C) with probability `share` (M,) where it is not IGNORE, else `wanted`."""
+    share = torch.where(second != IGNORE, share[:, None], 0.0)  # (M, C)
+    second = second.clamp(min=0)
+    minus = -logits.log_softmax(dim=-1)
+    losses = [minus.gather(-1, tokens[..., None])[..., 0] for tokens in (wanted, second)]
+    loss = torch.lerp(losses[0], losses[1], share).mean(dim=1)
+    guess = logits.detach().argmax(dim=-1)
+    return loss, torch.lerp((guess == wanted).float(), (guess == second).float(), share)

@@ -21,6 +21,7 @@ class PretrainModule(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
+        self.step = 0
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> StepOutput:
         """Loss and metrics of one batch; `generator` draws the masks, None or eval mode means unmasked."""
@@ -34,4 +35,18 @@ class PretrainModule(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Called once after every optimiser step."""
+        self.step = step
         self.objective.after_step(step, self.student)
+
+    def training_state(self) -> float:
+        """Updates done, for checkpoints."""
+        return float(self.step)
+
+    def load_training_state(self, value: float) -> None:
+        """Go on from a checkpoint."""
+        self.step = int(value)
+        self.objective.resume(self.step, self.student)
+
+    def discard_step(self) -> None:
+        """Called instead where an update was left out."""
+        self.objective.discard_step()

@@ -186,6 +186,55 @@ def test_module_masks_in_training_only() -> None:
     assert module(data, torch.Generator().manual_seed(3)).metrics["masked_share"][0] == 0
 
 
+def test_soft_targets_are_the_mean_over_all_draws() -> None:
+    """Cell by cell (1 - b) CE(first) + b CE(second), so the mean over draws nears it, at the spread of a mean."""
+    module, data, out = objective(), batch(["speech", "speech"]), output()
+    data.second = {"speech": (data.tokens["speech"] + 1) % 8}
+    data.second["speech"][1, 5:] = IGNORE
+    data.second_share = torch.tensor([0.3, 0.8])
+    soft = module(out, data)
+    logits = module.heads["speech"](out.features).log_softmax(-1)
+    first, second = (-logits.gather(-1, tokens.clamp(min=0)[..., None])[..., 0] for tokens in (data.tokens["speech"], data.second["speech"]))
+    share = torch.where(data.second["speech"] == IGNORE, 0.0, data.second_share[:, None, None])
+    torch.testing.assert_close(soft.loss, ((1 - share) * first + share * second).sum() / 3)
+    assert soft.count == 20
+    g, draws = torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        hard = batch(["speech", "speech"])
+        taken = torch.rand(share.shape, generator=g) < share
+        hard.tokens["speech"] = torch.where(taken, data.second["speech"], hard.tokens["speech"])
+        draws.append([x.item() for x in (lambda step: (step.loss, step.metrics["accuracy/speech/speech"][0]))(module(out, hard))])
+    drawn = torch.tensor(draws)
+    spread = drawn.std(dim=0) / 300**0.5
+    assert (drawn.mean(dim=0) - torch.stack([soft.loss.detach(), soft.metrics["accuracy/speech/speech"][0]])).abs().le(4 * spread).all()
+
+
+def test_soft_targets_without_a_second_token_are_the_plain_ones() -> None:
+    module, data, out = objective(), batch(["speech", "audio"]), output()
+    plain = module(out, data)
+    data.second = {name: torch.full_like(tokens, IGNORE) for name, tokens in data.tokens.items()}
+    data.second_share = torch.tensor([0.3, 0.8])
+    soft = module(out, data)
+    torch.testing.assert_close(soft.loss, plain.loss)
+    for name, value in plain.metrics.items():
+        torch.testing.assert_close(soft.metrics[name], value)
+
+
+def test_match_is_told_apart_by_duration_and_codebook() -> None:
+    module, data, out = objective().eval(), batch(["speech", "speech", "audio"]), output(n=3)
+    data.feature_lens = torch.tensor([199, 200, 2000])  # just below 2 s, 2 s, 20 s
+    step = module(out, data)
+    guess = module.heads["speech"](out.features).argmax(-1)
+    right = (guess == data.tokens["speech"]).float()
+    for row, domain, label in ((0, "speech", "0-2s"), (1, "speech", "2-5s"), (2, "audio", "20s-")):
+        torch.testing.assert_close(step.metrics[f"match/speech/{domain}/{label}"], torch.stack([right[row].mean(-1).sum(), torch.tensor(10.0)]))
+    assert step.metrics["match/speech/speech/10-20s"].tolist() == [0.0, 0.0]
+    for c in range(3):
+        torch.testing.assert_close(step.metrics[f"codebook/speech/{c}"], torch.stack([right[..., c].sum(), torch.tensor(30.0)]))
+    total = sum(step.metrics[f"codebook/speech/{c}"][0] for c in range(3)) / 3
+    torch.testing.assert_close(total, step.metrics["accuracy/speech/speech"][0] + step.metrics["accuracy/speech/audio"][0])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

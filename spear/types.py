@@ -71,13 +71,30 @@ class TokenSpec:
     quantizer_fingerprint: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class FrameSpec:
+    """Everything a teacher that runs beside the student promises about its frames."""
+
+    dim: int
+    """D, width of a frame; several layers side by side make one frame."""
+    num_parts: int
+    """Layers side by side, each of width D / num_parts."""
+    frame_rate_hz: float
+    """Frames per second."""
+    first_frame_s: float
+    """Time of the first frame's centre in seconds."""
+
+
 @dataclass(slots=True)
 class Batch:
     """One batch of cuts, ready for a student.
 
     features: (N, T, F) float32 log-mels at 100 Hz padded with LOG_EPSILON; feature_lens: (N,) int64.
     tokens[teacher]: (N, T_teacher, C) int64 at that teacher's rate, IGNORE past its length and for cuts whose domain does
-    not use that teacher; token_lens[teacher]: (N,) int64. ids, domains: one per item.
+    not use that teacher; token_lens[teacher]: (N,) int64. targets[teacher]: (N, T_teacher, D) float32 frames of a teacher that runs
+    beside the student, zero past target_lens[teacher] (N,) int64. ids, domains: one per item.
+    second[teacher]: (N, T_teacher, C) int64, the other cut's token where two cuts sound (soft token mixing), else IGNORE; its
+    probability is second_share (N,) float32 and that of the token in `tokens` the rest. Both are empty where nothing is mixed so.
     """
 
     ids: list[str]
@@ -87,6 +104,10 @@ class Batch:
     seconds: float
     tokens: dict[str, Tensor] = field(default_factory=dict)
     token_lens: dict[str, Tensor] = field(default_factory=dict)
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    target_lens: dict[str, Tensor] = field(default_factory=dict)
+    second: dict[str, Tensor] = field(default_factory=dict)
+    second_share: Tensor | None = None
     audio: Tensor | None = None
     audio_lens: Tensor | None = None
 
@@ -104,6 +125,10 @@ class Batch:
             seconds=self.seconds,
             tokens={k: move(v) for k, v in self.tokens.items()},
             token_lens={k: move(v) for k, v in self.token_lens.items()},
+            targets={k: move(v) for k, v in self.targets.items()},
+            target_lens={k: move(v) for k, v in self.target_lens.items()},
+            second={k: move(v) for k, v in self.second.items()},
+            second_share=None if self.second_share is None else move(self.second_share),
             audio=None if self.audio is None else move(self.audio),
             audio_lens=None if self.audio_lens is None else move(self.audio_lens),
         )

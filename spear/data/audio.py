@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from lhotse import Recording
 from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
-from lhotse.augmentation import AudioTransform
+from lhotse.augmentation import AudioTransform, Resample
 from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples
 
@@ -78,6 +78,11 @@ def load_audio_file(path: Path, sample_rate: int = SAMPLE_RATE) -> Audio:
         DataError: as `load_audio`; names the file.
     """
     return load_audio(open_recording(path, path.stem).to_cut(), sample_rate)
+
+
+def resample_audio(audio: Audio, source_rate: int, target_rate: int) -> Audio:
+    """Samples (S,) at another rate, by the resampling that Lhotse applies to files."""
+    return np.asarray(Resample(source_rate, target_rate)(audio[None], source_rate)[0], np.float32)
 
 
 def open_recording(path: Path, recording_id: str) -> Recording:

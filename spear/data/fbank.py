@@ -83,8 +83,8 @@ def _log_mels(audio: Tensor, num_mel_bins: int, high_hz: float) -> Tensor:
     frames = num_fbank_frames(len(audio))
     if frames == 0:
         raise DataError(f"`audio` must have at least {HOP // 2} samples at 16 kHz, but has {len(audio)}", cause="too_short")
-    window = _window(str(audio.device))
-    mels = _mel_filters(num_mel_bins, high_hz, str(audio.device))
+    window = povey_window(str(audio.device))
+    mels = mel_filters(num_mel_bins, high_hz, str(audio.device))
     floor = torch.finfo(torch.float32).eps
     with torch.autocast(audio.device.type, enabled=False):
         windows = _mirrored(audio.float(), frames).unfold(0, WINDOW, HOP)  # (T, 400), a view
@@ -122,13 +122,13 @@ def _mirrored(audio: Tensor, frames: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _window(device: str) -> Tensor:
+def povey_window(device: str) -> Tensor:
     """(400,) povey window: a symmetric Hann window to the power 0.85."""
     return torch.hann_window(WINDOW, periodic=False).pow(0.85).to(device)
 
 
 @lru_cache(maxsize=16)
-def _mel_filters(num_mel_bins: int, high_hz: float, device: str) -> Tensor:
+def mel_filters(num_mel_bins: int, high_hz: float, device: str) -> Tensor:
     """(256, F) triangles that are linear on the mel scale 1127 ln(1 + f / 700); the bin at 8 kHz has no weight.
 
     Worked out in single precision on purpose: near the feet of the triangles its rounding is part of the features that

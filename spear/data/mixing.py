@@ -35,8 +35,9 @@ class DomainMixing:
     """Probability that a cut is mixed with anything."""
     p_noise: float = 0.8
     """Of those, the share that gets noise; the rest gets another cut of the batch, of the same domain."""
-    other: Literal["tokens", "utterance"] = "tokens"
-    """``tokens``: the mixture carries tokens of both cuts; ``utterance``: those of the first one only."""
+    other: Literal["tokens", "soft", "utterance"] = "tokens"
+    """``tokens``: the mixture carries tokens of both cuts, drawn cell by cell; ``soft``: every cell carries both with their probabilities, which
+    is the mean over all draws; ``utterance``: those of the first cut only."""
     noise_snr_db: Range = (10.0, 20.0)
     """Signal-to-noise ratio of noise, uniform in dB."""
     other_snr_db: Range = (-5.0, 5.0)
@@ -49,6 +50,8 @@ class DomainMixing:
     def __post_init__(self) -> None:
         for key, value in (("p", self.p), ("p_noise", self.p_noise)):
             within(key, value, 0, 1)
+        if self.other not in ("tokens", "soft", "utterance"):
+            raise ConfigError(f"`other` must be one of tokens, soft, utterance, but is {self.other!r}")
         for key, pair in (("noise_snr_db", self.noise_snr_db), ("other_snr_db", self.other_snr_db), ("overlap", self.overlap)):
             if len(pair) != 2 or not -100 <= pair[0] <= pair[1] <= 100:
                 raise ConfigError(f"`{key}` must be two numbers, the smaller first, but is {list(pair)}")
@@ -60,7 +63,7 @@ class DomainMixing:
     @property
     def growth_s(self) -> float:
         """Most seconds by which a mixture may outlast the longer of its two cuts; only token mixing takes the whole other cut, delayed."""
-        return self.max_offset_s if self.other == "tokens" and self.p > 0 and self.p_noise < 1 else 0.0
+        return self.max_offset_s if self.other != "utterance" and self.p > 0 and self.p_noise < 1 else 0.0
 
 
 def _paper() -> dict[str, DomainMixing]:
@@ -92,6 +95,11 @@ class Mixer:
     def __init__(self, config: MixingConfig, specs: dict[str, TokenSpec], noise: NoiseDraw | None = None) -> None:
         self.config, self.specs, self.noise = config, specs, noise or coloured_noise
 
+    @property
+    def soft(self) -> bool:
+        """Whether a mixture may carry both cuts' tokens."""
+        return any(rule.other == "soft" for rule in self.config.domains.values())
+
     def __call__(self, items: Sequence[Item], seed: int, g: int) -> list[Item]:
         """Mix batch `g`; an item that is not drawn is returned as the object it is.
 
@@ -114,7 +122,7 @@ class Mixer:
         if rule.other == "utterance":
             return replace(item, audio=mix_utterance(item.audio, other.audio, snr_db, rule.overlap, rng))
         offset_s = rng.uniform(0.0, min(rule.max_offset_s, len(item.audio) / SAMPLE_RATE))
-        return mix_tokens(item, other, snr_db=snr_db, offset_s=offset_s, specs=self.specs, rng=rng)
+        return mix_tokens(item, other, snr_db=snr_db, offset_s=offset_s, specs=self.specs, rng=rng, soft=rule.other == "soft")
 
 
 def add_noise(audio: Audio, noise: Audio, snr_db: float) -> Audio:
@@ -142,7 +150,9 @@ def mix_utterance(audio: Audio, other: Audio, snr_db: float, overlap: Range, rng
     return mixed
 
 
-def mix_tokens(item: Item, other: Item, *, snr_db: float, offset_s: float, specs: dict[str, TokenSpec], rng: np.random.Generator) -> Item:
+def mix_tokens(
+    item: Item, other: Item, *, snr_db: float, offset_s: float, specs: dict[str, TokenSpec], rng: np.random.Generator, soft: bool = False
+) -> Item:
     """Add all of `other`, delayed, and interleave the tokens in proportion to the powers.
 
     Where both sound, each (frame, codebook) cell takes the other's token with probability
@@ -152,6 +162,7 @@ def mix_tokens(item: Item, other: Item, *, snr_db: float, offset_s: float, specs
     Args:
         snr_db: ratio of the item to the scaled other. offset_s: delay in seconds, at most the item's duration.
         specs: teacher -> token rate; the tokens' delay is the whole frames of `offset_s`. rng: draws the cells.
+        soft: draw none, but keep both tokens of every cell and beta beside them.
     Returns:
         An item as long as the mixture.
     Source: arXiv:2510.25955, token mixing.
@@ -165,35 +176,56 @@ def mix_tokens(item: Item, other: Item, *, snr_db: float, offset_s: float, specs
     mixed[: len(item.audio)] = item.audio
     mixed[start : start + len(other.audio)] += np.float32(gain) * other.audio
     beta = gain**2 * other_power / (power + gain**2 * other_power + 1e-8)
-    tokens = {}
+    tokens: dict[str, Codes] = {}
+    second: dict[str, Codes] = {}
     for teacher, codes in item.tokens.items():
         rate = specs[teacher].frame_rate_hz
         frames = int(len(mixed) * rate / SAMPLE_RATE) if len(mixed) > len(item.audio) else len(codes)
-        tokens[teacher] = interleave(codes, other.tokens.get(teacher), beta, int(offset_s * rate), frames, rng)
-    return replace(item, audio=mixed, tokens=tokens)
+        place = int(offset_s * rate), frames
+        if soft:
+            tokens[teacher], second[teacher] = overlay(codes, other.tokens.get(teacher), *place)
+        else:
+            tokens[teacher] = interleave(codes, other.tokens.get(teacher), beta, *place, rng)
+    return replace(item, audio=mixed, tokens=tokens, second=second, second_share=beta if soft else 0.0)
 
 
 def interleave(codes: Codes, other: Codes | None, beta: float, offset: int, frames: int, rng: np.random.Generator) -> Codes:
-    """Tokens of a mixture.
+    """Tokens of a mixture, those of the overlap drawn cell by cell.
+
+    Args:
+        beta: probability of a cell to be replaced in the overlap. rng: draws. The rest: see `overlay`.
+    Returns:
+        (T', C) int16 or wider. A gap between the two, if any, is IGNORE.
+    """
+    mixed, second = overlay(codes, other, offset, frames)
+    both = slice(offset, offset + int((second != IGNORE).any(axis=1).sum()))
+    taken = rng.random(second[both].shape) < beta
+    mixed[both][taken] = second[both][taken]
+    return mixed
+
+
+def overlay(codes: Codes, other: Codes | None, offset: int, frames: int) -> tuple[Codes, Codes]:
+    """Tokens of two cuts on one axis of time.
 
     Args:
         codes: (T, C). other: (T2, C), None where the other cut has no such tokens: then nothing is replaced and the tail has no tokens.
-        beta: probability of a cell to be replaced in the overlap. offset: frames before `other` starts.
-        frames: the mixture's own length in frames; the result is never longer than this and both cuts' tokens allow.
+        offset: frames before `other` starts. frames: the mixture's own length in frames; the result is never longer than this and both
+            cuts' tokens allow.
     Returns:
-        (T', C) int16 or wider. A gap between the two, if any, is IGNORE.
+        (T', C) int16 or wider: `codes`, then what of `other` outlasts them, and IGNORE in a gap between the two; and (T', C) `other` where
+        both sound, else IGNORE.
     """
     if other is None:
         other = np.full((0, codes.shape[1]), 0, codes.dtype)
     length = max(len(codes), min(offset + len(other), frames))
-    mixed = np.full((length, codes.shape[1]), IGNORE, np.promote_types(codes.dtype, np.int16))
-    mixed[: len(codes)] = codes
+    first = np.full((length, codes.shape[1]), IGNORE, np.promote_types(codes.dtype, np.int16))
+    second = first.copy()
+    first[: len(codes)] = codes
     other = other[: max(length - offset, 0)]
     both = max(min(len(codes) - offset, len(other)), 0)
-    taken = rng.random((both, codes.shape[1])) < beta
-    mixed[offset : offset + both][taken] = other[:both][taken]
-    mixed[offset + both : offset + len(other)] = other[both:]
-    return mixed
+    second[offset : offset + both] = other[:both]
+    first[offset + both : offset + len(other)] = other[both:]
+    return first, second
 
 
 def coloured_noise(rng: np.random.Generator, samples: int) -> Audio:

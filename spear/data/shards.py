@@ -9,7 +9,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,7 +107,7 @@ def write_shard(folder: Path, number: int, cuts: Sequence[MonoCut], stores: Mapp
         signal = load_audio(cut)
         seconds = len(signal) / SAMPLE_RATE
         recording = _recording(cut, len(signal))
-        audio.add(cut.id, ".flac", _flac(signal), recording.to_dict())
+        audio.add(cut.id, ".flac", flac_bytes(signal), recording.to_dict())
         custom = {key: value for key, value in (cut.custom or {}).items() if key != DOWNMIX}
         for teacher, store in stores.items():
             codes = np.ascontiguousarray(store[cut.id])
@@ -175,6 +175,10 @@ class Item:
     """(S,) float32 at 16 kHz."""
     tokens: dict[str, Codes]
     """Teacher -> (T, C) integer codes."""
+    second: dict[str, Codes] = field(default_factory=dict)
+    """Teacher -> (T, C) codes of another cut that sounds at the same time, IGNORE elsewhere; empty unless tokens are mixed softly."""
+    second_share: float = 0.0
+    """Probability of the codes in `second`."""
 
 
 class ShardReader:
@@ -297,7 +301,7 @@ class _Tar:
         return torch.tensor(places[::2], dtype=torch.int64).reshape(-1, 2)
 
 
-def _flac(audio: Audio) -> bytes:
+def flac_bytes(audio: Audio) -> bytes:
     """16-bit FLAC; audio that was read from 16-bit files comes back bit for bit."""
     stream = io.BytesIO()
     codes = np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)

@@ -114,13 +114,14 @@ def make_sources(
     only_noise: Sequence[str] = (),
     num_mel_bins: int = 128,
     keep_audio: bool = False,
+    reads: str = "fbank",
 ) -> tuple[TrainSource, ValidSource | None]:
     """Open the shards of a run.
 
     Args:
         shards: ``DATA/shards``. weights: corpus -> weight; the corpora to open.
         teachers: whose tokens the objective reads; others that the shards hold are left out.
-        only_noise: corpora that only give noise. num_mel_bins: of the student. keep_audio: also give waveforms.
+        only_noise: corpora that only give noise. num_mel_bins, reads: of the student's encoder. keep_audio: also give waveforms.
     Returns:
         Training batches, and validation batches (None where no corpus has a split valid).
     Raises:
@@ -134,8 +135,8 @@ def make_sources(
     specs = token_specs([*heard, *valid], teachers)
     noisy = [reader for reader in train.values() if reader.domain in mixing.noise_domains and len(reader)]
     noise: NoiseDraw | None = ShardNoise(noisy) if noisy else None
-    builder = BatchBuilder(specs, num_mel_bins=num_mel_bins, mixer=Mixer(mixing, specs, noise), keep_audio=keep_audio)
-    plain = BatchBuilder(specs, num_mel_bins=num_mel_bins, keep_audio=keep_audio)
+    builder = BatchBuilder(specs, num_mel_bins=num_mel_bins, mixer=Mixer(mixing, specs, noise), keep_audio=keep_audio, reads=reads)
+    plain = BatchBuilder(specs, num_mel_bins=num_mel_bins, keep_audio=keep_audio, reads=reads)
     return TrainSource(heard, weights, builder, sampling, seed), ValidSource(valid, plain, sampling) if valid else None
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import Cut, MonoCut, MultiCut
+from lhotse.serialization import deserialize_item
 
 from spear.data.audio import open_recording
 from spear.data.corpora import SPLITS, SourceConfig, SourceItem, expand
+from spear.data.scan import Entry, manifest_entries
 from spear.errors import ConfigError, DataError
 from spear.files import seed_from, sha256_file, sha256_json
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+HEADERS = 5000
+"""Files of a folder that a quick look opens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,15 +58,16 @@ class CutsSource(SourceConfig):
         number = 0
         try:
             for number, cut in enumerate(CutSet.from_jsonl_lazy(path), start=1):
-                if not isinstance(cut, (MonoCut, MultiCut)) or cut.recording is None:
-                    raise DataError(f"{path}: cut {number} is a {type(cut).__name__} without one recording", cause="manifest")
-                cut = _anchored(cut, path.parent)
-                source = cut.recording.sources[0]
-                yield SourceItem(cut.id, str(source.source) if source.type != "memory" else str(path), cut)
+                yield _item(path, number, cut)
         except (KeyError, TypeError, ValueError, AttributeError, EOFError, OSError) as error:
             raise DataError(f"{path} is not a manifest of cuts: item {number + 1}: {type(error).__name__}: {error}", cause="manifest") from error
         if number == 0:
             raise DataError(f"{path} holds no cuts", cause="manifest")
+
+    def entries(self, split: str) -> Iterator[Entry]:
+        """See SourceConfig."""
+        path = _existing(self._path(split))
+        return manifest_entries(path, lambda number, values: _item(path, number, deserialize_item(values)))
 
     def _path(self, split: str) -> Path:
         return Path(getattr(self, split))
@@ -101,29 +107,44 @@ class FolderSource(SourceConfig):
     def fingerprint(self) -> str:
         """SHA-256 over the names and sizes of the audio files."""
         root = Path(self.path)
-        return sha256_json([[file.relative_to(root).as_posix(), file.stat().st_size] for file in self._files()])
+        return sha256_json([[name, (root / name).stat().st_size] for name in self._names()])
 
     def files(self, split: str) -> Iterator[SourceItem]:
         """See SourceConfig; files are sorted by their path."""
         root = Path(self.path)
-        for file in self._files():
-            cut_id = file.relative_to(root).with_suffix("").as_posix().replace("/", "--")
+        for name in self._names():
+            if self._split(_id_of(name)) == split:
+                yield self._item(root / name, _id_of(name))
+
+    def entries(self, split: str) -> Iterator[Entry]:
+        """See SourceConfig; of many files, only every n-th is opened, so that about HEADERS are."""
+        root, names = Path(self.path), self._names()
+        every = -(-len(names) // HEADERS)
+        for number, name in enumerate(names):
+            cut_id = _id_of(name)
             if self._split(cut_id) != split:
                 continue
-            try:
-                recording = open_recording(file, cut_id)
-            except DataError as error:
-                yield SourceItem(cut_id, str(file), None, error.cause, str(error))
-                continue
-            yield SourceItem(cut_id, str(file), self._cut(recording, file))
+            item = self._item(root / name, cut_id) if number % every == 0 else None
+            cut = item.cut if item is not None else None
+            seconds, rate = (cut.duration, cut.sampling_rate) if cut is not None else (0.0, 0)
+            load = partial(self._item, root / name, cut_id)
+            yield Entry(cut_id, seconds, rate, os.path.join(root, name).encode(), self.label == "parent", load)
 
-    def _files(self) -> list[Path]:
+    def _item(self, file: Path, cut_id: str) -> SourceItem:
+        try:
+            return SourceItem(cut_id, str(file), self._cut(open_recording(file, cut_id), file))
+        except DataError as error:
+            return SourceItem(cut_id, str(file), None, error.cause, str(error))
+
+    def _names(self) -> list[str]:
+        """Paths of all audio files below the folder, relative to it, sorted part by part."""
         root = _existing(Path(self.path), folder=True)
-        found = [Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names]
-        found = sorted(file for file in found if file.suffix.lower() in AUDIO_SUFFIXES and not file.name.startswith("."))
+        start = len(os.path.join(root, ""))
+        found = [os.path.join(folder, name)[start:] for folder, _, names in os.walk(root, followlinks=True) for name in names]
+        found = [name for name in found if name.lower().endswith(AUDIO_SUFFIXES) and not os.path.basename(name).startswith(".")]
         if not found:
             raise DataError(f"{root} holds no audio files ({', '.join(AUDIO_SUFFIXES)})", cause="missing_file")
-        return found
+        return sorted(found, key=lambda name: name.split("/"))
 
     def _split(self, cut_id: str) -> str:
         place = seed_from(self.seed, "split", cut_id) / 2**63
@@ -139,6 +160,20 @@ class FolderSource(SourceConfig):
             channel = recording.channel_ids if isinstance(cut, MultiCut) else 0
             cut.supervisions = [SupervisionSegment(recording.id, recording.id, 0.0, recording.duration, channel=channel, custom=custom)]
         return cut
+
+
+def _id_of(name: str) -> str:
+    """The id of a file by its relative path: without its suffix, folders joined by two dashes."""
+    return os.path.splitext(name)[0].replace("/", "--")
+
+
+def _item(path: Path, number: int, cut: Any) -> SourceItem:
+    """One cut of a manifest as an item."""
+    if not isinstance(cut, (MonoCut, MultiCut)) or cut.recording is None:
+        raise DataError(f"{path}: cut {number} is a {type(cut).__name__} without one recording", cause="manifest")
+    cut = _anchored(cut, path.parent)
+    source = cut.recording.sources[0]
+    return SourceItem(cut.id, str(source.source) if source.type != "memory" else str(path), cut)
 
 
 def _existing(path: Path, *, folder: bool = False) -> Path:

@@ -74,7 +74,7 @@ class Objective:
 def make_run(data: Path, corpora: list[CorpusConfig], **settings: Any) -> Run:
     """A run with the parts of a recipe that data stages read."""
     given = {"manifests": ManifestsConfig(), "mixing": MixingConfig(), "shards": ShardsConfig(cuts_per_shard=4), "objective": Objective()}
-    given = {**given, "tokens": SimpleNamespace(pairs="needed"), "teachers": {}, **settings}
+    given = {**given, "tokens": SimpleNamespace(pairs="needed", source="stored"), "teachers": {}, **settings}
     recipe: Any = SimpleNamespace(**given)
     return Run(recipe, CorporaConfig(corpora=corpora).corpora, data, data / "exp")
 

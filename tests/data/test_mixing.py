@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spear.data.mixing import DomainMixing, Mixer, MixingConfig, active_power, add_noise, coloured_noise, interleave, mix_tokens, mix_utterance
+from spear.data.mixing import (
+    DomainMixing,
+    Mixer,
+    MixingConfig,
+    active_power,
+    add_noise,
+    coloured_noise,
+    interleave,
+    mix_tokens,
+    mix_utterance,
+    overlay,
+)
 from spear.data.shards import Item
 from spear.errors import ConfigError
 from spear.types import IGNORE, TokenSpec
@@ -26,8 +37,8 @@ def item(name: str, seconds: float, code: int, *, domain: str = "speech", gain: 
     return Item(name, domain, audio, {"t": np.full((int(seconds * RATE) + extra_frames, C), code, np.uint8)})
 
 
-def mixed(a: Item, b: Item, snr_db: float = 0.0, offset_s: float = 0.0, seed: int = 0) -> Item:
-    return mix_tokens(a, b, snr_db=snr_db, offset_s=offset_s, specs=SPECS, rng=rng(seed))
+def mixed(a: Item, b: Item, snr_db: float = 0.0, offset_s: float = 0.0, seed: int = 0, *, soft: bool = False) -> Item:
+    return mix_tokens(a, b, snr_db=snr_db, offset_s=offset_s, specs=SPECS, rng=rng(seed), soft=soft)
 
 
 def share(codes: Any, code: int) -> float:
@@ -113,6 +124,75 @@ def test_interleave_marks_a_gap_and_bears_a_partner_without_tokens() -> None:
     assert np.array_equal(interleave(codes, None, 1.0, 2, 9, rng()), codes)
     wide = interleave(np.full((1, 1), 40000, np.uint16), np.full((1, 1), 3, np.uint16), 0.0, 0, 1, rng())
     assert wide.tolist() == [[40000]]
+
+
+@pytest.mark.parametrize(("seconds", "offset_s"), [((2.0, 3.0), 1.01), ((3.0, 1.0), 0.5), ((2.0, 2.0), 0.0), ((2.0, 2.0), 2.0), ((0.5, 4.0), 0.3)])
+@pytest.mark.parametrize("extra", [(0, 0), (-1, 1), (1, -1)], ids=str)
+def test_soft_mixing_holds_the_two_tokens_that_a_draw_chooses_from(seconds: tuple[float, float], offset_s: float, extra: tuple[int, int]) -> None:
+    a, b = (item(name, s, code, extra_frames=more) for name, s, code, more in zip("ab", seconds, (1, 2), extra))
+    soft = mixed(a, b, 3.0, offset_s, soft=True)
+    first, second = soft.tokens["t"], soft.second["t"]
+    assert soft.second_share == pytest.approx(1 / (1 + 10**0.3), rel=1e-6)
+    draws = [mixed(a, b, 3.0, offset_s, seed) for seed in range(30)]
+    assert all(np.array_equal(draw.audio, soft.audio) and not draw.second for draw in draws)
+    codes = np.stack([draw.tokens["t"] for draw in draws])
+    assert codes.shape[1:] == first.shape == second.shape
+    assert ((codes == first) | ((codes == second) & (second != IGNORE))).all()
+    both = (second != IGNORE).all(axis=1)
+    start, end = int(offset_s * RATE), min(len(a.tokens["t"]), int(offset_s * RATE) + len(b.tokens["t"]))
+    assert np.array_equal(np.flatnonzero(both), np.arange(start, end))
+    assert (first[both] == 1).all()
+    tail = first[len(a.tokens["t"]) :]
+    assert (tail[max(start - end, 0) :] == 2).all()
+    assert (tail[: max(start - end, 0)] == IGNORE).all()  # a first cut whose tokens end before it does
+    if both.any():
+        cells = codes[:, both].size
+        assert share(codes[:, both], 2) == pytest.approx(soft.second_share, abs=5 * (0.25 / cells) ** 0.5)
+
+
+def test_soft_mixing_leaves_the_cut_alone_when_either_side_is_silent() -> None:
+    a, silent = item("a", 2.0, 1), item("s", 4.0, 2, gain=0.0)
+    assert mixed(a, silent, soft=True) is a
+    assert mixed(silent, a, soft=True) is silent
+
+
+def test_token_mixing_follows_the_rate_of_each_teacher() -> None:
+    specs = {**SPECS, "slow": TokenSpec(num_codebooks=2, codebook_size=16, frame_rate_hz=25.0, first_frame_s=0.02)}
+    a, b = item("a", 2.0, 1), item("b", 3.0, 2)
+    a.tokens["slow"] = np.full((50, 2), 1, np.uint8)
+    out = mix_tokens(a, b, snr_db=0.0, offset_s=0.99, specs=specs, rng=rng())
+    assert out.tokens["t"].shape == (int(3.99 * RATE), C)
+    assert np.array_equal(out.tokens["slow"], a.tokens["slow"])  # the other cut has no such tokens: none are replaced, the tail has none
+    b.tokens["slow"] = np.full((75, 2), 2, np.uint8)
+    both = mix_tokens(a, b, snr_db=-60.0, offset_s=0.99, specs=specs, rng=rng()).tokens["slow"]
+    assert both.shape == (int(3.99 * 25), 2)  # 24 frames late, 99 frames of audio
+    assert (both[:24] == 1).all()
+    assert (both[24:] == 2).all()
+
+
+def test_token_mixing_takes_no_tokens_that_only_the_other_cut_has() -> None:
+    a, b = item("a", 1.0, 1), item("b", 1.0, 2)
+    del a.tokens["t"]
+    assert mixed(a, b).tokens == {}
+    assert len(mixed(a, b, offset_s=0.5).audio) == 24000
+
+
+def test_overlay_marks_what_is_not_there() -> None:
+    first, second = overlay(np.full((3, 2), 1, np.uint8), np.full((4, 2), 7, np.uint8), 1, 4)
+    assert first[:, 0].tolist() == [1, 1, 1, 7]
+    assert second[:, 0].tolist() == [IGNORE, 7, 7, IGNORE]
+
+
+def test_mixer_mixes_softly_by_the_same_choices_as_by_draws() -> None:
+    items = [item(str(i), 1.0 + i / 10, i) for i in range(6)]
+    hard, soft = (
+        Mixer(MixingConfig(domains={"speech": DomainMixing(p=0.8, p_noise=0.3, other=other)}), SPECS)
+        for other in ("tokens", "soft")  # type: ignore[arg-type]
+    )
+    assert (hard.soft, soft.soft) == (False, True)
+    pairs = [pair for g in range(4) for pair in zip(hard(items, 0, g), soft(items, 0, g))]
+    assert all(np.array_equal(a.audio, b.audio) for a, b in pairs)
+    assert {bool(b.second) for _, b in pairs} == {True, False}
 
 
 def test_mixer_returns_items_that_are_not_drawn_as_they_are() -> None:
@@ -221,6 +301,7 @@ def test_coloured_noise_has_unit_power_and_any_length(samples: int) -> None:
         ("noise_snr_db", (20.0, 10.0), r"two numbers, the smaller first, but is \[20.0, 10.0\]"),
         ("overlap", (0.0, 0.5), "`overlap` must lie in 0 to 1"),
         ("max_offset_s", -1.0, "0 or more, but is -1.0"),
+        ("other", "both", "one of tokens, soft, utterance, but is 'both'"),
     ],
 )
 def test_domain_mixing_raises_config_error_when_a_value_breaks_its_rule(key: str, value: Any, rule: str) -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from spear.config import to_json
 from spear.data.source import TrainSource, ValidSource, make_sources
+from spear.errors import ArtifactError
 from spear.export.encoder import start_from
 from spear.export.source import fingerprint_source, read_source
-from spear.files import seed_from
+from spear.files import read_json, seed_from
 from spear.models.base import Encoder
 from spear.models.student import Student
+from spear.models.zipformer.compiled import compile_layers
 from spear.objectives import PretrainModule
-from spear.stages.artifact import Artifact, Record, fingerprint_of, read_artifact
+from spear.stages.artifact import DONE, UNFINISHED, Artifact, Record, fingerprint_of, read_artifact
+from spear.stages.online import inputs_of, make_labeller
 from spear.stages.shards import check_teachers
+from spear.teachers.online import LabelledSource, Labeller
 from spear.training import Trainer, TrainingResult, World, process_group
+from spear.training.distributed import pick_device
 
 if TYPE_CHECKING:
     from spear.recipe import Run
@@ -28,8 +33,15 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = ("seed", "student", "masking", "mixing", "sampling", "objective", "training")
 """Keys of the recipe that pre-training depends on; everything before it comes through the shards' fingerprints."""
-FREE = {"sampling": ("num_workers", "prefetch"), "training": ("device", "keep_checkpoints", "find_unused_parameters")}
-"""Settings that change how a run goes, but not what comes out; they may differ when it is continued."""
+FREE = {
+    "sampling": ("num_workers", "prefetch"),
+    "training": (
+        *("device", "parallel", "recompute", "compile", "find_unused_parameters"),
+        *("log_every", "validate_every", "save_every", "keep_checkpoints", "trackers", "max_skipped"),
+    ),
+}
+"""Settings that change how a run goes, but not the weights that come out; they may differ when it is continued. `training.max_steps` is one,
+too, where the schedule fits a run of any length."""
 
 
 def run(run: Run) -> None:
@@ -42,19 +54,21 @@ def run(run: Run) -> None:
         StopRequested: a signal came and everything is saved.
     """
     with process_group(run.recipe.training.device) as world:
-        artifact = Artifact(run.exp, kind="pretrain", config=_config(run), inputs=_inputs(run))
-        if artifact.is_done():
+        labeller = make_labeller(run, pick_device(run.recipe.training.device, world))
+        artifact = Artifact(run.exp, kind="pretrain", config=_config(run), inputs={**_inputs(run), **inputs_of(labeller)})
+        if _is_done(run, artifact, world):
             return
         with artifact.making(world.size) if world.is_main else nullcontext(Record()) as record:
-            trainer, train, valid = make_trainer(run, artifact.fingerprint, world)
+            trainer, train, valid = make_trainer(run, artifact.fingerprint, world, labeller)
             _describe(record, trainer.run(), train, valid)
 
 
-def make_trainer(run: Run, fingerprint: str, world: World) -> tuple[Trainer, TrainSource, ValidSource | None]:
+def make_trainer(run: Run, fingerprint: str, world: World, labeller: Labeller | None = None) -> tuple[Trainer, TrainSource, ValidSource | None]:
     """Wire shards, student, objective and trainer of a run.
 
     Args:
         run: recipe, corpora and folders. fingerprint: guards the checkpoints. world: this process among those of the run.
+        labeller: teachers that run beside the student (see `spear.stages.online`).
     """
     recipe = run.recipe
     encoder = initial_encoder(run)
@@ -64,15 +78,67 @@ def make_trainer(run: Run, fingerprint: str, world: World) -> tuple[Trainer, Tra
         sampling=recipe.sampling,
         mixing=recipe.mixing,
         seed=seed_from(recipe.seed, "batches"),
-        teachers=recipe.objective.teachers(),
+        teachers=[name for name in recipe.objective.teachers() if recipe.tokens.source == "stored"],
         only_noise=[corpus.name for corpus in run.corpora if run.is_noise(corpus.domain)],
         num_mel_bins=encoder.num_mel_bins,
+        reads=encoder.reads,
+        keep_audio=labeller is not None,
     )
-    module = PretrainModule(Student(encoder, recipe.masking), recipe.objective.build(encoder, train.builder.specs))
+    specs = {**train.builder.specs, **(labeller.token_specs() if labeller is not None else {})}
+    objective = recipe.objective.build_on(encoder, specs, labeller.frame_specs() if labeller is not None else {})
+    module = PretrainModule(Student(encoder, recipe.masking), objective)
+    if recipe.training.compile:
+        compile_layers(encoder)
+    if labeller is not None:
+        train, valid = cast(TrainSource, LabelledSource(train, labeller)), valid and cast(ValidSource, LabelledSource(valid, labeller))
     seed = seed_from(recipe.seed, "training")
     kept = recipe.export.milestones(recipe.training.max_steps)
     trainer = Trainer(recipe.training, module, train, valid, run.exp, seed, fingerprint, world=world, description=_config(run), milestones=kept)
     return trainer, train, valid
+
+
+def _is_done(run: Run, artifact: Artifact, world: World) -> bool:
+    """Whether the run is finished; one that is to be longer than it was is opened again. Every process must call it.
+
+    Raises:
+        ArtifactError: EXP holds another run, a longer one, or one whose schedule does not allow more updates.
+    """
+    _check_length(run)
+    if not artifact.is_done():
+        return False
+    done, wanted = int(read_artifact(run.exp)["counts"]["steps"]), run.recipe.training.max_steps
+    if done > wanted:
+        raise ArtifactError(f"{run.exp} holds {done} updates, but `training.max_steps` is {wanted}: take {done} or more, or another folder")
+    if done == wanted:
+        return True
+    world.barrier()  # all have read the record
+    if world.is_main:
+        logger.info("pretrain: the run of %d updates is lengthened to %d", done, wanted)
+        with artifact.reopening():
+            pass
+    world.barrier()
+    return False
+
+
+def _check_length(run: Run) -> None:
+    """Say so where nothing but the length of the run differs from the one in EXP, and its schedule depends on that.
+
+    Raises:
+        ArtifactError: it does.
+    """
+    training = run.recipe.training
+    record = next((run.exp / name for name in (DONE, UNFINISHED) if (run.exp / name).exists()), None)
+    if training.schedule.FITS_ANY_LENGTH or record is None:
+        return
+    before = read_json(record).get("config", {})
+    begun = before.get("training", {}).get("max_steps")
+    now = _config(run)
+    if begun != training.max_steps and {**before, "training": {**before.get("training", {}), "max_steps": training.max_steps}} == now:
+        kind = now["training"]["schedule"]["type"]
+        raise ArtifactError(
+            f"{run.exp} was begun with `training.max_steps` {begun}, which is now {training.max_steps}: the schedule `{kind}` falls over the whole "
+            "run, so that its length cannot change; take another folder, or from the start a schedule that fits any length (eden, eden2, constant)"
+        )
 
 
 def initial_encoder(run: Run) -> Encoder:
@@ -100,12 +166,15 @@ def _config(run: Run) -> dict[str, Any]:
     kept = {key: settings[key] for key in SETTINGS}
     for key, names in FREE.items():
         kept[key] = {name: value for name, value in kept[key].items() if name not in names}
+    if run.recipe.training.schedule.FITS_ANY_LENGTH:
+        del kept["training"]["max_steps"]
     return {**kept, "corpora": {corpus.name: corpus.weight for corpus in run.corpora}}
 
 
 def _inputs(run: Run) -> dict[str, str]:
     for corpus in run.corpora:
-        check_teachers(run, read_artifact(run.data / "shards" / corpus.name), run.labels(corpus.domain))
+        if run.recipe.tokens.source == "stored":
+            check_teachers(run, read_artifact(run.data / "shards" / corpus.name), run.labels(corpus.domain))
     found = {f"shards/{corpus.name}": fingerprint_of(run.data / "shards" / corpus.name) for corpus in run.corpora}
     if run.recipe.init_from is not None:
         found["init_from"] = fingerprint_source(read_source(_starting_point(run, run.recipe.init_from)))
@@ -121,3 +190,5 @@ def _describe(record: Record, result: TrainingResult, train: TrainSource, valid:
         "valid_cuts": sum(map(len, valid.readers)) if valid is not None else 0,
     }
     record.extra = {"checkpoint": result.checkpoint.name, "valid": result.valid}
+    if result.flops:
+        record.extra["petaflops"] = float(f"{result.flops / 1e15:.4g}")

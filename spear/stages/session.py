@@ -19,6 +19,7 @@ import torch
 
 from spear.errors import ArtifactError, SpearError
 from spear.files import writing
+from spear.stages.energy import KWH, find_counters
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +109,12 @@ class Cost:
 
     def __init__(self, before: Mapping[str, Any], processes: int = 1) -> None:
         self.before, self.processes, self.start = dict(before), processes, time.monotonic()
+        self.energy = find_counters()
 
     def so_far(self) -> dict[str, Any]:
         """JSON value: ``sessions``, processes (or groups of them) one after the other; ``wall_s``, their sum; ``peak_memory_mb``, the largest
-        of the first process of each; and where a GPU was used ``peak_gpu_memory_mb`` and ``gpu_hours``, over all processes.
+        of the first process of each; where a GPU was used ``peak_gpu_memory_mb`` and ``gpu_hours``, over all processes; and where it can be
+        read ``energy_kwh``, of the processors and GPUs of the first process's machine, whatever else ran there.
         """
         spent = time.monotonic() - self.start
         found = {
@@ -124,6 +127,8 @@ class Cost:
             peak = round(torch.cuda.max_memory_allocated() / 2**20, 1)
             found["peak_gpu_memory_mb"] = max(self.before.get("peak_gpu_memory_mb", 0.0), peak)
             found["gpu_hours"] = round(self.before.get("gpu_hours", 0.0) + self.processes * spent / 3600, 6)
+        if self.energy:
+            found["energy_kwh"] = round(self.before.get("energy_kwh", 0.0) + sum(counter.update() for counter in self.energy) / KWH, 6)
         return found
 
 

@@ -48,7 +48,7 @@ def run(run: Run) -> None:
 
 
 def _make_corpus(run: Run, corpus: CorpusConfig) -> None:
-    folder, teachers = run.data / "shards" / corpus.name, run.teachers_of(corpus.domain)
+    folder, teachers = run.data / "shards" / corpus.name, run.stored(corpus.domain)
     splits = [split for split in SPLITS if split == "train" or manifest_path(run.data, corpus.name, split).exists()]
     inputs = {f"manifest/{split}": sha256_file(find_manifest(run.data, corpus.name, split)) for split in splits}
     for teacher in teachers:

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from spear.errors import CheckpointError
+from spear.errors import ArtifactError, CheckpointError
 from spear.export import save_encoder, save_icefall
-from spear.stages.pretrain import initial_encoder
+from spear.recipe import Run, load_recipe
+from spear.stages.artifact import DONE, UNFINISHED, Artifact
+from spear.stages.pretrain import _config, _is_done, initial_encoder
+from spear.training import World
+from tests.conftest import ROOT
 from tests.export.tiny import tiny_config, tiny_encoder
 
 
@@ -43,3 +47,67 @@ def test_pretrain_raises_checkpoint_error_when_the_start_is_another_network_or_n
         initial_encoder(make_run(tmp_path, "old", feedforward_dim=64))
     with pytest.raises(CheckpointError, match="none does not exist"):
         initial_encoder(make_run(tmp_path, "none"))
+
+
+def mini(exp: Path, *overrides: str) -> Run:
+    return Run(load_recipe(ROOT / "recipes" / "mini.yaml", overrides), [], exp, exp)
+
+
+def is_done(run: Run) -> bool:
+    return _is_done(run, Artifact(run.exp, kind="pretrain", config=_config(run), inputs={}), World())
+
+
+def finish(run: Run, steps: int) -> None:
+    with Artifact(run.exp, kind="pretrain", config=_config(run), inputs={}).making() as record:
+        record.counts = {"steps": steps}
+
+
+@pytest.mark.parametrize("schedule", ["eden", "eden2", "constant"])
+def test_pretrain_lengthens_a_finished_run_whose_schedule_fits_any_length(tmp_path: Path, schedule: str) -> None:
+    kind = "training.schedule={type: " + schedule + "}"
+    finish(mini(tmp_path, kind, "training.max_steps=10"), 10)
+    assert is_done(mini(tmp_path, kind, "training.max_steps=10"))
+    with pytest.raises(ArtifactError, match="holds 10 updates, but `training.max_steps` is 9: take 10 or more"):
+        is_done(mini(tmp_path, kind, "training.max_steps=9"))
+    assert not is_done(mini(tmp_path, kind, "training.max_steps=20"))
+    assert (tmp_path / UNFINISHED).exists()
+    assert not (tmp_path / DONE).exists()
+    finish(mini(tmp_path, kind, "training.max_steps=20"), 20)
+    assert is_done(mini(tmp_path, kind, "training.max_steps=20"))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "tristage"])
+@pytest.mark.parametrize("state", [DONE, UNFINISHED])
+def test_pretrain_says_that_a_schedule_depends_on_the_length(tmp_path: Path, schedule: str, state: str) -> None:
+    kind = "training.schedule={type: " + schedule + "}"
+    finish(mini(tmp_path, kind, "training.max_steps=10"), 10)
+    (tmp_path / DONE).rename(tmp_path / state)
+    with pytest.raises(
+        ArtifactError, match=f"begun with `training.max_steps` 10, which is now 20: the schedule `{schedule}` falls over the whole run"
+    ):
+        is_done(mini(tmp_path, kind, "training.max_steps=20"))
+
+
+def test_pretrain_names_another_key_that_differs_as_well(tmp_path: Path) -> None:
+    finish(mini(tmp_path, "training.max_steps=10"), 10)
+    with pytest.raises(ArtifactError, match=r"`config.seed` was 0, is 1; `config.training.max_steps` was 10, is 20"):
+        is_done(mini(tmp_path, "training.max_steps=20", "seed=1"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("training.log_every=7", "training.validate_every=7", "training.save_every=7", "training.keep_checkpoints=7", "training.device=cpu"),
+        *("training.trackers=[wandb]", "training.max_skipped=7", "training.recompute=true", "training.parallel=fsdp", "sampling.num_workers=7"),
+    ],
+)
+def test_pretrain_keys_that_change_no_weight_are_no_part_of_its_identity(tmp_path: Path, change: str) -> None:
+    finish(mini(tmp_path), 2400)
+    assert is_done(mini(tmp_path, change))
+
+
+@pytest.mark.parametrize("change", ["training.precision=bf16", "training.accumulation=2", "sampling.max_batch_s=13", "objective.alpha=0.6"])
+def test_pretrain_keys_that_change_weights_are_part_of_its_identity(tmp_path: Path, change: str) -> None:
+    finish(mini(tmp_path, "training.precision=fp32"), 2400)
+    with pytest.raises(ArtifactError, match=f"`config.{change.partition('=')[0]}` was"):
+        is_done(mini(tmp_path, "training.precision=fp32", change))

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ DIED = 9
 class Processes:
     """Commands in fresh processes. Use as a context manager.
 
-    A command can be told to die, as if by SIGKILL, or to rest at changes of names below `root`, see `Changes`.
+    A command can be told to die, as if by SIGKILL, to get a signal or to rest at changes of names below `root`, see `Changes`.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -54,9 +55,9 @@ class Processes:
         self._helper.stdin.flush()
         return int(self._helper.stdout.readline())
 
-    def start(self, arguments: Sequence[str], *, root: Path, die_at: int | str = 0, after: bool = False, rest_s: float = 0.0) -> int:
+    def start(self, arguments: Sequence[str], *, root: Path, die_at: int | str = 0, after: bool = False, by: int = 0, rest_s: float = 0.0) -> int:
         """Start a command; returns its process id."""
-        return self._ask(start=list(arguments), log=str(self._log), root=str(root), die_at=die_at, after=after, rest_s=rest_s)
+        return self._ask(start=list(arguments), log=str(self._log), root=str(root), die_at=die_at, after=after, by=by, rest_s=rest_s)
 
     def wait(self, pid: int) -> int:
         """Exit code of a started command, negative for a signal."""
@@ -76,13 +77,14 @@ class Changes:
 
     Args:
         root: of the folders to watch. die_at: number of the change to die at, or the name of a file to die at when it appears; 0 lives.
-        after: die just after the change, else just before it. rest_s: pause before every change.
+        after: die just after the change, else just before it. by: a signal that the process sends itself there instead of dying, once;
+            the thread that makes the change waits for its effect. rest_s: pause before every change.
     """
 
     NAMES = ("replace", "rename", "unlink", "remove", "mkdir", "rmdir")
 
-    def __init__(self, root: Path, die_at: int | str = 0, *, after: bool = False, rest_s: float = 0.0) -> None:
-        self.root, self.die_at, self.after, self.rest_s = str(root), die_at, after, rest_s
+    def __init__(self, root: Path, die_at: int | str = 0, *, after: bool = False, by: int = 0, rest_s: float = 0.0) -> None:
+        self.root, self.die_at, self.after, self.by, self.rest_s = str(root), die_at, after, by, rest_s
         self.count = 0
         self._stack = contextlib.ExitStack()
 
@@ -113,12 +115,20 @@ class Changes:
             appears = Path(arguments[1]).name if change.__name__ in ("replace", "rename") else None
             dies = self.die_at in (self.count, appears)
             if dies and not self.after:
-                os._exit(DIED)
+                self._die()
             change(*arguments, **options)
-            if dies:
-                os._exit(DIED)
+            if dies and self.after:
+                self._die()
 
         return watched
+
+    def _die(self) -> None:
+        if not self.by:
+            os._exit(DIED)
+        self.die_at = 0
+        os.kill(os.getpid(), self.by)
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(1.0)  # the handler runs in the main thread
 
 
 def _import_all() -> None:
@@ -143,7 +153,7 @@ def _child(request: dict[str, Any]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    Changes(Path(request["root"]), request["die_at"], after=request["after"], rest_s=request["rest_s"]).__enter__()
+    Changes(Path(request["root"]), request["die_at"], after=request["after"], by=request["by"], rest_s=request["rest_s"]).__enter__()
     code = 70
     try:
         code = main(request["start"])

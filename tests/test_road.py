@@ -264,8 +264,8 @@ def test_road_stage_exits_1_when_its_folder_is_read_only(road: Road, tmp_path: P
 
 
 def start_pretrain(processes: Processes, new: Road, saved: int = 2) -> int:
-    """Start a slow training; returns its process id once it has saved the checkpoint of the update `saved`."""
-    pid = processes.start(new.arguments("pretrain"), root=new.root.parent, rest_s=0.05)
+    """Start a slow training, which never finishes its folder; returns its process id once it has saved the checkpoint of the update `saved`."""
+    pid = processes.start(new.arguments("pretrain"), root=new.root.parent, rest_s=0.05, die_at="artifact.json", by=signal.SIGSTOP)
     deadline = time.monotonic() + 60
     while not any(step >= saved for step, _ in find_checkpoints(new.exp)):
         assert time.monotonic() < deadline, processes.output()
@@ -288,25 +288,20 @@ def test_road_pretrain_ends_in_the_same_bytes_after_sigkill(road: Road, processe
 def test_road_pretrain_saves_and_exits_3_on_sigterm(road: Road, processes: Processes, tmp_path: Path, saved: int) -> None:
     """The checkpoint of the update at which the run was stopped does not stay in place of a regular one."""
     new = road.copy(tmp_path, "pretrain")
-    pid = start_pretrain(processes, new, saved)
-    os.kill(pid, signal.SIGTERM)
-    assert processes.wait(pid) == 3
-    assert re.search(r"^spear: stopped: stopped after update \d of 6; run again", processes.output(), re.MULTILINE)
-    assert saved <= find_checkpoints(new.exp)[-1][0] < 6
+    assert processes.run(new.arguments("pretrain"), root=tmp_path, die_at=f"step-{saved:08d}", after=True, by=signal.SIGTERM) == 3
+    assert f"spear: stopped: stopped after update {saved + 1} of 6; run again" in processes.output()
+    assert find_checkpoints(new.exp)[-1][0] == saved + 1
     assert processes.run(new.arguments("pretrain"), root=tmp_path) == 0, processes.output()
     assert_same(road, new, "pretrain")
 
 
 @pytest.mark.parametrize("stage", ["manifests", "tokens", "shards"])
-def test_road_stage_exits_3_on_sigterm_and_goes_on(road: Road, processes: Processes, tmp_path: Path, stage: str) -> None:
-    new = road.copy(tmp_path, stage)
-    pid = processes.start(new.arguments(stage), root=tmp_path, rest_s=0.05)
-    deadline = time.monotonic() + 60
-    while not any(new.made_by(stage).rglob("unfinished.json")):
-        assert time.monotonic() < deadline, processes.output()
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGTERM)
-    assert processes.wait(pid) == 3
+def test_road_stage_exits_3_on_sigterm_and_goes_on(built: Built, processes: Processes, tmp_path: Path, stage: str) -> None:
+    new = built.road.copy(tmp_path, stage)
+    middle = built.changes[stage] // 2
+    assert processes.run(new.arguments(stage), root=tmp_path, die_at=middle, after=True, by=signal.SIGTERM) == 3
+    finished, wanted = (len(list(road.made_by(stage).rglob("artifact.json"))) for road in (new, built.road))
+    assert finished < wanted
     assert "spear: stopped: SIGTERM; run the same command again to go on" in processes.output()
     assert processes.run(new.arguments(stage), root=tmp_path) == 0, processes.output()
-    assert_same(road, new, stage)
+    assert_same(built.road, new, stage)

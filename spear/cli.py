@@ -70,18 +70,49 @@ def _parser() -> argparse.ArgumentParser:
         _run_options(stage)
         if name == "tokens":
             _tokens_options(stage)
+        if name == "evaluate":
+            stage.set_defaults(action=_evaluate)
+            stage.add_argument("--suite", metavar="NAME", help="superb, hear or mini: its tasks, as far as the corpora allow, into EXP/evaluate_NAME")
         if name == "export":
-            stage.add_argument("--format", choices=("hf", "icefall"), help="short for --set export.format=...; icefall writes EXP/export_icefall")
+            stage.add_argument("--format", choices=("hf", "icefall", "onnx", "torch"), help="short for --set export.format=...")
     _run_options(_add(commands, "preflight", "find what would go wrong, and estimate time and disk, before hours are spent", _preflight))
     _add(commands, "doctor", "what is installed, what is missing, and what each missing thing costs", _doctor)
+    _add_encoder_tools(commands)
+    _add_token_tools(commands)
+    _add_explore(commands)
+    _add_sweep(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, text: str, action: Callable[[argparse.Namespace], int | None], **defaults: object) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=EPILOG, allow_abbrev=False)
+    parser.set_defaults(action=action, **defaults)
+    return parser
+
+
+def _add_encoder_tools(commands: Any) -> None:
     tool = _add(commands, "import", "released SPEAR folder or icefall checkpoint -> export folder", _import)
     tool.add_argument("src", type=Path, metavar="SRC", help="folder in the Hugging Face layout, Hugging Face id, or an icefall .pt checkpoint")
     tool.add_argument("out", type=Path, metavar="OUT", help="export folder to write")
     tool.add_argument("--weights", choices=("model", "model_avg"), help="of an icefall checkpoint; default: model where it is there")
     tool.add_argument("--keep-heads", action="store_true", help="keep the training heads in OUT/heads.safetensors instead of dropping them")
-    tool = _add(commands, "encode", "features of audio files, one .npz each", _encode)
+    _run_options(_add(commands, "finetune", "an encoder and a head on labelled cuts: export, scores.json and report.md in EXP", _finetune))
+    tool = _add(commands, "sherpa", "fine-tuned CTC model -> files for sherpa-onnx, OUT", _sherpa)
+    tool.add_argument("export", type=Path, metavar="EXPORT", help="EXP/export of `spear finetune` with a task of type ctc")
+    tool.add_argument("out", type=Path, metavar="OUT", help="folder for model.onnx, model_int8.onnx and tokens.txt")
+    tool = _add(commands, "push", "export folder -> Hugging Face hub, with checksums and licence", _push)
+    tool.add_argument("export", type=Path, metavar="EXPORT", help="folder of `spear export`, `spear import` or `spear finetune`")
+    tool.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub; made where it is not there")
+    tool.add_argument("--dry-run", type=Path, metavar="DIR", help="write there what would be sent, and send nothing")
+    tool.add_argument("--licence-file", type=Path, metavar="FILE", help="text of the weights' licence, sent as LICENSE")
+    tool.add_argument("--private", action="store_true", help="make a new repository private")
+    tool.add_argument("--force", action="store_true", help="send weights whose card names no licence")
+    tool = _add(commands, "encode", "features of audio files, one .npz each; of folders and manifests, in batches", _encode)
     tool.add_argument("export", metavar="EXPORT", help="export folder or Hugging Face id")
     _audio_options(tool)
+    tool.add_argument("--format", choices=("npz", "parquet", "shar"), default="npz", help="of folders and manifests (.jsonl.gz); default: npz")
+    tool.add_argument("--batch", type=float, default=120.0, metavar="S", help="seconds of audio at a time, of folders and manifests; default: 120")
+    tool.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of folders and manifests; default: a GPU where there is one")
     tool.add_argument(
         "--layer", default="last", metavar="N|all|last", help="hidden state to write (0 is the first layer); default: last, the encoder's output"
     )
@@ -96,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     tool.add_argument("--quantizer", type=Path, required=True, metavar="DIR", help="fitted quantizer, DATA/quantizers/<teacher>")
     tool.add_argument("--data", type=Path, metavar="DIR", help="folder that a recipe's relative model paths start from")
     _audio_options(tool)
+
+
+def _add_token_tools(commands: Any) -> None:
     tool = _add(commands, "inspect", "what a token store holds; its codes as text or npz", _inspect)
     tool.add_argument("folder", type=Path, metavar="FOLDER", help="token store, or a folder above several, e.g. DATA/tokens")
     tool.add_argument("--rows", type=int, default=2, metavar="N", help="cuts whose first codes are shown; default: 2")
@@ -115,14 +149,6 @@ def _parser() -> argparse.ArgumentParser:
     tool.add_argument(
         "--out", type=Path, metavar="FILE", help="page to write; default: EXP/evaluate/report.html for one run, ./report.html for several"
     )
-    _add_explore(commands)
-    return parser
-
-
-def _add(commands: Any, name: str, text: str, action: Callable[[argparse.Namespace], int | None], **defaults: object) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=EPILOG, allow_abbrev=False)
-    parser.set_defaults(action=action, **defaults)
-    return parser
 
 
 def _add_explore(commands: Any) -> None:
@@ -133,6 +159,21 @@ def _add_explore(commands: Any) -> None:
     tool.add_argument("--max-clips", type=int, default=300, metavar="N", help="clips on the map; of more files, evenly spaced ones; default: 300")
     tool.add_argument("--max-mb", type=float, default=40.0, metavar="MB", help="sound in the page; default: 40")
     tool.add_argument("--method", choices=("tsne", "pca"), default="tsne", help="how clips are placed; default: tsne")
+    tool.add_argument("--quantizer", type=Path, metavar="DIR", help="also show the tokens of this fitted quantizer, DATA/quantizers/<teacher>")
+    tool.add_argument("--recipe", type=Path, metavar="R.yaml", help="recipe that names the quantizer's teacher")
+    tool.add_argument("--teacher", metavar="NAME", help="name of the teacher in the recipe")
+    tool.add_argument("--teacher-dir", metavar="DIR", help="teacher folder or Hugging Face id, instead of a recipe")
+    tool.add_argument("--layer", type=int, metavar="N", help="hidden state of --teacher-dir; default: its last output")
+    tool.add_argument("--data", type=Path, metavar="DIR", help="folder that a recipe's relative model paths start from")
+
+
+def _add_sweep(commands: Any) -> None:
+    tool = _add(commands, "sweep", "a recipe with a table of overrides, several seeds each; mean and deviation over seeds", _sweep)
+    tool.add_argument("table", type=Path, metavar="TABLE.yaml", help="recipe, variants with their overrides, seeds; see docs/ablations.md")
+    tool.add_argument("--corpora", type=Path, required=True, metavar="C.yaml", help="on what")
+    tool.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of finished shards")
+    tool.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the runs, sweep.json and sweep.md")
+    tool.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, dealt out among the GPUs where there are any (default 1)")
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -178,6 +219,13 @@ def _tokens(options: argparse.Namespace) -> None:
     run_stage("tokens", _load(options), num_shards=options.num_shards, shard=options.shard, retry_failed=options.retry_failed)
 
 
+def _evaluate(options: argparse.Namespace) -> None:
+    from spear.stages import run_stage
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_stage("evaluate", _load(options), suite=options.suite)
+
+
 def _preflight(options: argparse.Namespace) -> int:
     from spear.commands.preflight import preflight
 
@@ -196,10 +244,35 @@ def _import(options: argparse.Namespace) -> None:
     import_model(options.src, options.out, options.weights, keep_heads=options.keep_heads)
 
 
+def _finetune(options: argparse.Namespace) -> None:
+    from spear.commands.finetune import finetune
+
+    finetune(options.recipe, options.corpora, options.data, options.exp, options.overrides)
+
+
+def _sherpa(options: argparse.Namespace) -> None:
+    from spear.commands.sherpa import write_sherpa
+
+    write_sherpa(options.export, options.out)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from spear.commands.push import push
+
+    how = {"licence_file": options.licence_file, "private": options.private, "force": options.force}
+    push(options.export, options.repo, options.dry_run, print, **how)
+
+
 def _encode(options: argparse.Namespace) -> None:
     from spear.commands.encode import encode_files
 
     layer = options.layer if options.layer in ("all", "last") else _whole("--layer", options.layer)
+    if options.format != "npz" or any(path.is_dir() or path.name.endswith((".jsonl", ".jsonl.gz")) for path in options.audio):
+        from spear.commands.encode_many import BulkOptions, encode_many
+
+        how = BulkOptions(layer=layer, form=options.format, batch_s=options.batch, window_s=options.window, device=options.device)
+        encode_many(options.export, options.audio, options.out, how)
+        return
     encode_files(options.export, options.audio, options.out, layer, options.window)
 
 
@@ -230,7 +303,20 @@ def _report(options: argparse.Namespace) -> None:
 def _explore(options: argparse.Namespace) -> None:
     from spear.commands.explore import explore
 
-    print(explore(options.export, options.audio, options.out, max_clips=options.max_clips, max_mb=options.max_mb, method=options.method))
+    tokenizer = None
+    if options.quantizer is not None:
+        from spear.commands.tokenize import tokenizer_of
+
+        tokenizer = tokenizer_of(options)
+    settings = {"max_clips": options.max_clips, "max_mb": options.max_mb, "method": options.method, "tokenizer": tokenizer}
+    print(explore(options.export, options.audio, options.out, **settings))
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from spear.commands.sweep import sweep
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    print(sweep(options.table, options.corpora, options.data, options.out, options.jobs), end="")
 
 
 def _whole(name: str, text: str) -> int:

@@ -52,11 +52,12 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        for teacher in self.objective.teachers():
+        frames = self.objective.frame_teachers()
+        for teacher in [*self.objective.teachers(), *frames]:
             if teacher not in self.teachers:
                 raise ConfigError(f"`objective` reads teacher {teacher!r}, but `teachers` has {', '.join(sorted(self.teachers)) or 'none'}")
         for teacher in self.teachers:
-            if teacher not in self.quantizers:
+            if teacher not in self.quantizers and teacher not in frames:
                 raise ConfigError(f"`quantizers.{teacher}` is missing: every teacher needs a quantizer")
         for name in self.quantizers:
             if name not in self.teachers:
@@ -108,6 +109,10 @@ class Run:
             ConfigError: the objective does not know the domain.
         """
         return [] if self.is_noise(domain) else sorted(self.recipe.objective.labels(domain))
+
+    def stored(self, domain: str) -> list[str]:
+        """As `teachers_of`, but only teachers whose tokens are stored: none with ``tokens.source: online``."""
+        return [] if self.recipe.tokens.source == "online" else self.teachers_of(domain)
 
     def teachers_of(self, domain: str) -> list[str]:
         """Teachers that label the cuts of `domain`, sorted: those of `labels`, or with ``tokens.pairs: all`` every teacher; none for noise.

@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "export": BASE | {"config", "models", "data", "training"},
     "teachers": BASE | {"config", "data", "export"},
     "evaluation": BASE | {"config", "data", "models", "quantizers", "training", "export", "teachers"},
+    "finetune": BASE | {"config", "data", "models", "objectives", "training", "export", "evaluation"},
     "recipe": BASE | PARTS | {"objectives", "export", "teachers", "evaluation"},
 }
 MAY_IMPORT["stages"] = MAY_IMPORT["recipe"] | {"recipe"}
-MAY_IMPORT["commands"] = MAY_IMPORT["stages"] | {"stages"}
+MAY_IMPORT["commands"] = MAY_IMPORT["stages"] | {"stages", "finetune"}
 MAY_IMPORT["cli"] = MAY_IMPORT["commands"] | {"commands"}
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -13,10 +13,10 @@ from spear.errors import ConfigError
 from spear.models.student import Student
 from spear.objectives import PretrainModule
 from spear.recipe import Recipe, load_recipe
-from spear.types import TokenSpec
+from spear.types import FrameSpec, TokenSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "finetune")
 SIZES = {
     "spear_tiny": 5_190_104,
     "spear_small": 20_248_943,
@@ -25,6 +25,11 @@ SIZES = {
     "spear_xlarge": 596_973_362,
     "conformer": 93_085_553,
     "transformer": 92_971_377,
+    "spidr_base": 93_136_640,
+    "dinosr_base": 93_136_640,
+    "data2vec_base": 93_136_640,
+    "hubert_base": 93_164_288,
+    "wavlm_base": 93_164_288,
     "mini": 1_608_132,
     "mini_conformer": 1_598_473,
     "mini_transformer": 1_654_537,
@@ -35,12 +40,17 @@ def specs(recipe: Recipe) -> dict[str, TokenSpec]:
     return {name: TokenSpec(num_codebooks=4, codebook_size=16, frame_rate_hz=50.0, first_frame_s=0.0125) for name in recipe.teachers}
 
 
+def frames(recipe: Recipe) -> dict[str, FrameSpec]:
+    parts = {name: len(getattr(recipe.teachers[name], "layers", [])) or 1 for name in recipe.objective.frame_teachers()}
+    return {name: FrameSpec(768 * count, count, 50.0, 0.0125) for name, count in parts.items()}
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_loads_and_builds(path: Path) -> None:
     recipe = load_recipe(path)
     with torch.device("meta"):
         encoder = recipe.student.build()
-        module = PretrainModule(Student(encoder, recipe.masking), recipe.objective.build(encoder, specs(recipe)))
+        module = PretrainModule(Student(encoder, recipe.masking), recipe.objective.build_on(encoder, specs(recipe), frames(recipe)))
     assert sum(p.numel() for p in module.parameters()) > 10_000
     if path.stem in SIZES:
         assert sum(p.numel() for p in encoder.parameters()) == SIZES[path.stem]
@@ -62,8 +72,8 @@ def test_ablation_is_an_include_and_few_lines(path: Path) -> None:
     assert load_recipe(path) != load_recipe((path.parent / lines[0].removeprefix("include: ")).resolve())
 
 
-def test_every_recipe_is_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_every_recipe_is_in_the_readme_or_the_page_of_recipes() -> None:
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "recipes.md").read_text()
     missing = [path.stem for path in (ROOT / "recipes").glob("*.yaml") if f"recipes/{path.name}" not in text]
     assert not missing
 

@@ -27,7 +27,8 @@ from spear.stages.features import choose_frames, plan
 from spear.stages.manifests import find_manifest, manifest_path
 from spear.stages.quantizers import read_frames
 from spear.teachers.base import Teacher, TeacherConfig, default_device, extract
-from spear.teachers.extraction import corpora_of, extract_cuts, read_cuts
+from spear.teachers.extraction import corpora_of, read_cuts
+from spear.teachers.pipeline import extract_cuts
 
 logger = logging.getLogger(__name__)
 

@@ -36,6 +36,10 @@ OPTIONAL = {
     "faiss": "k-means of quantizers has no `solver: faiss`",
     "espeakng_loader": "egs/mini cannot make its speech; install the extra [mini]",
     "multi_quantization": "tools/bench_mvq.py has nothing to compare with; install the extra [dev]",
+    "onnx": "there is no `spear export --format onnx`; install the extra [onnx]",
+    "onnxruntime": "there is no `spear export --format onnx`; install the extra [onnx]",
+    "sentencepiece": "`spear finetune` has no `units: pieces`; install the extra [finetune]",
+    "pyarrow": "`spear encode` writes no Parquet; install the extra [parquet]",
     "torchaudio": "nothing in spear; teachers that bring their own code may want it",
 }
 DISTRIBUTIONS = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "espeakng_loader": "espeakng-loader", "yaml": "PyYAML"}

@@ -42,13 +42,15 @@ _EPOCH_ITERS, _POLISH_ITERS = 1, 5
 _MOMENTA = (0.9, 0.98)
 _EPSILON = 1e-9
 _REACH = 16.0
+_SCARCE_FRAMES = 50
 
 
 @dataclass(frozen=True)
 class Settings:
     """rounds: with sweeps. sweeps: passes over the codebooks per round. epochs: of Adam. rate: of its first step, relative to the data's
     standard deviation. polish_rounds: most rounds with the encoder's search. noise: initial standard deviation of the perturbation,
-    relative to a codebook's share of the data's. ridge: pull of a centre towards its last place, in frames."""
+    relative to a codebook's share of the data's. ridge: pull of a centre towards its last place, in frames; it rises where an entry has
+    fewer than 50, in proportion."""
 
     rounds: int
     sweeps: int
@@ -163,7 +165,8 @@ class _Fit:
             found = sweep(tables, costs, codes, settings.sweeps) if sweeping else refine(tables, costs, codes, _POLISH_ITERS)
             statistics.add(frames, found)
         statistics.gather(self.source)
-        state.centers = statistics.solve(state.centers, settings.ridge)
+        pull = max(settings.ridge, _SCARCE_FRAMES * self.sizes[1] / len(self.source))
+        state.centers = statistics.solve(state.centers, pull)
         state.weight, state.bias = statistics.discriminants(self.moments)
 
     def _perturbed(self, state: _State) -> Tensor:

@@ -19,6 +19,8 @@ from spear.quantizers.mvq_reference import PHASE_TWO_SIZE, Schedule, fit_two_pha
 
 logger = logging.getLogger(__name__)
 
+_FEW_FRAMES = 20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MVQConfig(QuantizerConfig):
@@ -34,7 +36,7 @@ class MVQConfig(QuantizerConfig):
     """How codes are looked for. exact: as multi_quantization does. best: lowest error, twice the time. fast: no predictor, half the time."""
     solver: Literal["alternating", "reference"] = "alternating"
     """alternating: least squares by turns, short. reference: the two-phase gradient fit of multi_quantization, long."""
-    frames_per_entry: int = 20
+    frames_per_entry: int = 2
     """alternating: fewest frames per entry; with less data, codebooks use fewer entries."""
     rounds: int = 8
     """alternating: rounds of coordinate descent and least squares."""
@@ -49,7 +51,7 @@ class MVQConfig(QuantizerConfig):
     noise: float = 0.5
     """alternating: perturbation of the centres in the first round, relative to a codebook's share of the spread."""
     ridge: float = 1.0
-    """alternating: weight, in frames, that holds a centre at its last place."""
+    """alternating: weight, in frames, that holds a centre at its last place; more where an entry has fewer than 50 frames."""
     phase_one_iters: int = 35000
     """reference: steps with 2C codebooks of 16 entries."""
     phase_two_iters: int = 35000
@@ -91,6 +93,8 @@ class MVQConfig(QuantizerConfig):
             raise DataError(f"MVQ needs at least `codebook_size` {self.codebook_size} frames, but has {len(source)}", cause="too_few")
         signature = sha256_json({"config": asdict(self), "seed": seed, "frames": source.fingerprint()})
         source.measure(self.normalize)
+        if len(source) < self.codebook_size * _FEW_FRAMES:
+            logger.warning("quantizers: %d frames are few for %d entries, which fit them better than others", len(source), self.codebook_size)
         judged = heldout.float() if source.normalizer is None else source.normalizer.apply_to(heldout.float())
         quantizer = (self._by_turns if self.solver == "alternating" else self._by_schedule)(source, judged, seed, checkpoint, signature)
         quantizer.mode = self.search
@@ -105,8 +109,6 @@ class MVQConfig(QuantizerConfig):
     def _by_schedule(self, source: FrameSource, judged: Tensor, seed: int, checkpoint: Path | None, signature: str) -> MVQ:
         del judged
         schedule = Schedule(self.batch_frames, self.phase_one_iters, self.phase_two_iters)
-        if len(source) < self.codebook_size * self.frames_per_entry:
-            logger.warning("quantizers: %d frames are few for %d entries and may be overfitted", len(source), self.codebook_size)
         saved = checkpoint if source.rank == 0 else None  # every process makes the same steps
         frames = source.read(0, len(source))
         return fit_two_phase(frames, self.num_codebooks, schedule, seed=seed, normalizer=source.normalizer, checkpoint=saved, signature=signature)

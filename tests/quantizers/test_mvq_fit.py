@@ -154,11 +154,18 @@ def test_alternating_fit_does_not_move_its_frames() -> None:
     assert torch.equal(train, before)
 
 
+def test_alternating_fit_of_few_frames_gains_from_more_entries() -> None:
+    train, heldout = clustered(300, 12), clustered(300, 12, seed=1)
+    losses = [relative_loss(MVQConfig(num_codebooks=2, codebook_size=size).fit(train, heldout, seed=0), heldout) for size in (16, 64, 128)]
+    assert losses[0] > losses[1] > losses[2]
+
+
 def test_alternating_fit_uses_fewer_entries_when_data_is_little(caplog: pytest.LogCaptureFixture) -> None:
-    train, heldout = clustered(400, 8), clustered(100, 8, seed=1)
+    train, heldout = clustered(70, 8), clustered(100, 8, seed=1)
     with caplog.at_level(logging.WARNING):
-        quantizer = MVQConfig(num_codebooks=2, codebook_size=64, rounds=2).fit(train, heldout, seed=0)
-    assert "400 frames allow 16 of 64 entries per codebook" in caplog.text
+        quantizer = MVQConfig(num_codebooks=2, codebook_size=64, rounds=2, frames_per_entry=4).fit(train, heldout, seed=0)
+    assert "70 frames allow 16 of 64 entries per codebook" in caplog.text
+    assert "70 frames are few for 64 entries" in caplog.text
     assert (quantizer.codebook_size, quantizer.entries) == (64, 16)
     assert int(quantizer.encode(train).max()) < 16
     assert relative_loss(quantizer, heldout) < 0.6

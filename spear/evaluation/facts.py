@@ -14,6 +14,8 @@ from spear.evaluation.examples import read_examples
 from spear.evaluation.scoring import SPEED, Scores, ordered
 from spear.files import read_json, write_json
 
+FOLDER = "evaluate"
+"""Of a run's own evaluation; suites have `FOLDER`_suite."""
 CARDS, COSTS, ANALYSIS, SIZES = "cards.json", "costs.json", "analysis.json", "models.json"
 STAGES = ("manifests", "features", "quantizers", "tokens", "shards", "pretrain", "export", "evaluate")
 
@@ -62,18 +64,18 @@ def cost_of(stage: str, artifacts: list[Path]) -> dict[str, Any]:
     }
 
 
-def gather(exp: Path, name: str | None = None) -> RunFacts:
-    """Read what is there of a run.
+def gather(exp: Path, name: str | None = None, folder: str = FOLDER) -> RunFacts:
+    """Read what is there of a run; `folder` is that of the evaluation in it.
 
     Raises:
         ArtifactError: the folder does not exist, or a file in it is damaged.
     """
     if not exp.is_dir():
         raise ArtifactError(f"{exp} is not a run's folder: it does not exist")
-    evaluate = exp / "evaluate"
+    evaluate = exp / folder
     costs = _optional(evaluate / COSTS, [])
-    for stage, folder in (("pretrain", exp), ("export", exp / "export"), ("evaluate", evaluate)):
-        costs.append(cost_of(stage, [path for path in [folder / "artifact.json"] if path.exists()]))
+    for stage, made in (("pretrain", exp), ("export", exp / "export"), ("evaluate", evaluate)):
+        costs.append(cost_of(stage, [path for path in [made / "artifact.json"] if path.exists()]))
     return RunFacts(
         name=name or exp.resolve().name,
         scores=ordered(_optional(evaluate / "scores.json", {})),

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 
-from spear.evaluation.facts import RunFacts, gather
+from spear.evaluation.facts import FOLDER, RunFacts, gather
 from spear.evaluation.figures import both_worlds, codebook_bars, curves, example_figure, model_bars
 from spear.evaluation.report_parts import confusion_figures, layer_figures, model_rows, of_section, robustness_figures, token_table
 from spear.evaluation.scoring import Scores
@@ -21,18 +21,19 @@ MOST_POINTS = 400
 """Points per training curve; longer ones are averaged in groups, so that the page stays small."""
 
 
-def write_report(exps: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(exps: Sequence[Path], out: Path | None = None, folder: str = FOLDER) -> Path:
     """Write the report of one or several runs; returns its path.
 
     Args:
-        exps: run folders. out: file to write; None: ``EXP/evaluate/report.html`` of a single run, else ``report.html`` here.
+        exps: run folders. out: file to write; None: ``EXP/evaluate/report.html`` of a single run, else ``report.html`` here. folder: of the
+            evaluation in a run.
     Raises:
         ArtifactError: a folder does not exist or a file in it is damaged. SpearError: `out` cannot be written.
     """
     names = run_names(exps)
-    page = render([gather(exp, name) for exp, name in zip(exps, names)])
+    page = render([gather(exp, name, folder) for exp, name in zip(exps, names)])
     if out is None:
-        out = exps[0] / "evaluate" / "report.html" if len(exps) == 1 else Path("report.html")
+        out = exps[0] / folder / "report.html" if len(exps) == 1 else Path("report.html")
     write_text(out, page)
     return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +18,10 @@ from spear.data.corpora import CorpusConfig
 from spear.errors import ConfigError
 from spear.evaluation.analysis import ChangedClips, choose_cuts, compare_layers, retrieval
 from spear.evaluation.collect import AudioCache, Plan
+from spear.evaluation.config import with_suite
 from spear.evaluation.embedders import Embedder, Encoded, LogMel, TeacherCodes, TeacherFrames
 from spear.evaluation.examples import Labeller, choose_example, make_example, write_examples
-from spear.evaluation.facts import ANALYSIS, SIZES, keep_data_facts
+from spear.evaluation.facts import ANALYSIS, FOLDER, SIZES, keep_data_facts
 from spear.evaluation.report import write_report
 from spear.evaluation.scoring import PARTIAL, SIZE, Model, score_models
 from spear.evaluation.tasks.base import SPLITS, Split, TaskConfig
@@ -39,20 +41,27 @@ from spear.types import EncoderOutput
 logger = logging.getLogger(__name__)
 
 
-def run(run: Run) -> None:
+def run(run: Run, *, suite: str | None = None) -> None:
     """Score the exported student beside its teachers and the baselines; write ``EXP/evaluate``.
+
+    Args:
+        suite: its tasks instead of the recipe's, into ``EXP/evaluate_<suite>``.
 
     Raises:
         ArtifactError: the export, a manifest or a quantizer is missing. ConfigError: a task names no corpus of the run.
         DataError: a task finds no labels.
     """
-    folder, recipe = run.exp / "evaluate", run.recipe
+    folder = run.exp / FOLDER
+    if suite is not None:
+        run = replace(run, recipe=replace(run.recipe, evaluation=with_suite(run.recipe.evaluation, suite, run.corpora)))
+        folder = run.exp / f"{FOLDER}_{suite}"
+    recipe = run.recipe
     corpora = {name: corpora_of(name, config, run.corpora) for name, config in recipe.evaluation.tasks.items()}
     artifact = Artifact(folder, kind="evaluate", config=identity(run), inputs=inputs_of(run, corpora))
     report = folder / "report.html"
     if artifact.is_done():
         if not report.exists() or report.stat().st_mtime_ns < (folder / DONE).stat().st_mtime_ns:  # killed before it knew its own cost
-            write_report([run.exp], report)
+            write_report([run.exp], report, folder.name)
         return
     logger.info("evaluate: %d tasks", len(corpora))
     with artifact.making() as record:
@@ -72,7 +81,7 @@ def run(run: Run) -> None:
         record.counts.update(tasks=len(corpora), models=len(models), cuts=len(cuts))
         record.audio_s = sum(cut.duration for cut in cuts)
     # last, as the cost of this stage is known now
-    write_report([run.exp], report)
+    write_report([run.exp], report, folder.name)
 
 
 class Evaluator:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -172,6 +175,36 @@ def test_evaluate_resumes_to_the_same_bytes(finished: Run, data: Path, tmp_path:
     run(again)
     for name in ("scores.json", "examples.json", "examples.safetensors", "cards.json"):
         assert (again.exp / "evaluate" / name).read_bytes() == (finished.exp / "evaluate" / name).read_bytes()
+
+
+SUITE_CORPORA = {
+    "superb": {"voxceleb1_verification": "speech", "speech_commands": "audio"},
+    "hear": {"esc50": "audio"},
+}
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks"),
+    [
+        ("superb", {"keyword_spotting", "speaker_verification"}),
+        ("hear", {"esc50"}),
+    ],
+)
+def test_evaluate_of_a_suite_lies_beside_the_run_s_own(finished: Run, suite: str, tasks: set[str]) -> None:
+    """Corpora with the names of the suite, made of what there is."""
+    names = SUITE_CORPORA[suite]
+    for (name, domain), split in itertools.product(names.items(), ("train", "valid", "test")):
+        shutil.copy(manifest_path(finished.data, domain, split), manifest_path(finished.data, name, split))
+    corpora = [CorpusConfig(name=name, domain=domain, source=CutsSource(train="unused")) for name, domain in names.items()]
+    own = (finished.exp / "evaluate" / "scores.json").read_bytes()
+    evaluation = replace(finished.recipe.evaluation, baselines=False, untrained=False, analysis_cuts=0)
+    run(replace(finished, corpora=corpora, recipe=replace(finished.recipe, evaluation=evaluation)), suite=suite)
+    folder = finished.exp / f"evaluate_{suite}"
+    scores = read_json(folder / "scores.json")
+    assert set(scores) == tasks
+    assert all(set(models) == {"student"} for models in scores.values())
+    assert all(task in (folder / "report.html").read_text() for task in tasks)
+    assert (finished.exp / "evaluate" / "scores.json").read_bytes() == own
 
 
 def test_evaluate_raises_artifact_error_when_settings_changed(finished: Run, data: Path) -> None:

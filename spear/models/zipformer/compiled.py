@@ -16,7 +16,6 @@ from spear.models.tracing import OPERATORS_READY
 from spear.models.zipformer.attention import shift_to_offsets
 from spear.models.zipformer.chance import keep_mask
 from spear.models.zipformer.depthwise import depthwise_conv2d, gradients
-from spear.models.zipformer.layer import ZipformerLayer
 from spear.models.zipformer.scheduled_float import ScheduledModule
 from spear.models.zipformer.swoosh import Swoosh
 
@@ -25,9 +24,9 @@ _RANDOM = (torch.Tag.nondeterministic_seeded,)
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Let torch compile every Zipformer layer inside `model`, in place, when it is first called.
+    """Let torch compile every layer (`training_unit`) inside `model`, in place, when it is first called.
 
-    Names of parameters stay as they are. Batches of any size and length run through the same code.
+    Names of parameters stay as they are. Batches of any size and length run through the same code, once for training and once for evaluation.
     """
     OPERATORS_READY[0] = True
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
@@ -37,7 +36,7 @@ def compile_layers(model: nn.Module) -> None:
             _MODULES[number] = module
             module.handle = torch.tensor(number)
     for module in model.modules():
-        if isinstance(module, ZipformerLayer):
+        if getattr(module, "training_unit", False):
             module.compile(dynamic=True)
 
 

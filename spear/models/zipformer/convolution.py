@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spear.models.tracing import is_tracing
+from spear.models.tracing import first_frames, is_tracing
 from spear.models.zipformer.balancer import Balancer
 from spear.models.zipformer.depthwise import depthwise_conv1d
 from spear.models.zipformer.gate import gated
@@ -54,7 +54,7 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
         causal = self.causal_conv(F.pad(x, (0, 0, self.kernel // 2, 0)))
         chunks = F.pad(x, (0, 0, 0, -t % size)).unflatten(1, (-1, size)).flatten(0, 1)  # (N chunks, size, D)
         within = self.chunkwise_conv(chunks) * self._scale(size)
-        out: Tensor = causal + within.unflatten(0, (n, -1)).flatten(1, 2)[:, :t]
+        out: Tensor = causal + first_frames(within.unflatten(0, (n, -1)).flatten(1, 2), t)
         return out
 
     def stream(self, x: Tensor, cached: Tensor) -> tuple[Tensor, Tensor]:

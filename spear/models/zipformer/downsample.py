@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spear.models.tracing import is_compiling, is_tracing
+from spear.models.tracing import first_frames, is_compiling, is_tracing
 from spear.models.zipformer.chance import happens, keep_mask
 from spear.models.zipformer.gradient import LIMIT_PROB, limit_parameter, limited_gradient
 from spear.models.zipformer.linear import low_type
@@ -27,7 +27,9 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, T, D) -> (N, ceil(T / factor), D); the last frame is repeated to fill the last group."""
         missing = -x.shape[1] % self.factor
-        if is_tracing() or missing:  # what is recorded holds for every length
+        if is_tracing():  # what is recorded holds for every length, and `expand` would tell one frame from several
+            x = x[:, torch.arange(x.shape[1] + missing, device=x.device).clamp(max=x.shape[1] - 1)]
+        elif missing:
             x = torch.cat((x, x[:, -1:].expand(-1, missing, -1)), dim=1)
         weights = self.bias.softmax(dim=0)
         groups: Tensor = x.unflatten(1, (-1, self.factor)) * weights[:, None]
@@ -36,7 +38,7 @@ class Downsample(nn.Module):
 
 def upsample(x: Tensor, factor: int, num_frames: int) -> Tensor:
     """Repeat each frame of x (N, T, D) `factor` times and keep the first `num_frames`."""
-    return x[:, :, None].expand(-1, -1, factor, -1).flatten(1, 2)[:, :num_frames]
+    return first_frames(x[:, :, None].expand(-1, -1, factor, -1).flatten(1, 2), num_frames)
 
 
 def _mixed(orig: Tensor, new: Tensor, scale: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ from spear.errors import DataError
 from spear.export.config import ExportConfig
 from spear.export.source import fingerprint_source
 from spear.files import read_tensors, seed_from, sha256_file, write_json
-from spear.finetune.batch import Example, LabelledSet, LabelledSource, Mixup
+from spear.finetune.batch import Example, LabelledSet, LabelledSource, Mixup, Reads
 from spear.finetune.config import FinetuneRecipe
 from spear.finetune.model import FinetuneModule, make_module, save_finetuned, starting_encoder, starting_source
 from spear.finetune.results import write_results
 from spear.finetune.tasks.base import FinetuneTaskConfig, Inventory, Prediction
+from spear.models.zipformer.compiled import compile_layers
 from spear.stages import manifests
 from spear.stages.artifact import Artifact, Record
 from spear.stages.export import choose
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from spear.recipe import Run
 
 logger = logging.getLogger(__name__)
-FREE = {"sampling": ("num_workers", "prefetch"), "training": ("device", "keep_checkpoints", "find_unused_parameters")}
+FREE = {"sampling": ("num_workers", "prefetch"), "training": ("device", "keep_checkpoints", "compile", "find_unused_parameters")}
 """Settings that change how a run goes, but not what comes out."""
 LABELS = "labels.json"
 
@@ -97,6 +98,8 @@ def finetune(recipe: Path, corpora: Path, data: Path, exp: Path, overrides: Sequ
             labelled = read_labelled(run)
             encoder, student = starting_encoder(run.recipe.encoder, source, run.recipe.seed)
             module = make_module(run.recipe.encoder, encoder, run.recipe.masking, run.recipe.task, labelled.inventory, run.recipe.seed)
+            if run.recipe.training.compile:
+                compile_layers(encoder)
             result = _train(run, module, labelled, artifact.fingerprint, world)
             if world.is_main:
                 weights = _final_weights(run, module)
@@ -157,24 +160,28 @@ def _examples(task: FinetuneTaskConfig, items: Sequence[tuple[int, Cut, str]], i
 
 
 def _train(run: FinetuneRun, module: FinetuneModule, labelled: Labelled, fingerprint: str, world: World) -> TrainingResult:
-    recipe, bins = run.recipe, module.student.encoder.num_mel_bins
+    recipe, reads = run.recipe, _reads(module)
     write_json(run.exp / LABELS, labelled.inventory)
     train = LabelledSource(
         labelled.train,
         [corpus.weight for corpus in run.corpora],
         recipe.sampling,
         seed_from(recipe.seed, "batches"),
-        num_mel_bins=bins,
+        reads=reads,
         draws=recipe.task.draw_weights(labelled.train_labels),
         mixup=Mixup(recipe.mixup.prob, recipe.mixup.alpha),
     )
-    valid = LabelledSet(labelled.valid, recipe.sampling, num_mel_bins=bins) if labelled.valid else None
+    valid = LabelledSet(labelled.valid, recipe.sampling, reads=reads) if labelled.valid else None
     milestones = _weights(recipe).milestones(recipe.training.max_steps)
     seed, settings = seed_from(recipe.seed, "training"), _config(run)
     trainer = Trainer(
         recipe.training, module, train, valid, run.exp, seed, fingerprint, world=world, description=settings, title="finetune", milestones=milestones
     )
     return trainer.run()
+
+
+def _reads(module: FinetuneModule) -> Reads:
+    return Reads(module.student.encoder.reads, module.student.encoder.num_mel_bins)
 
 
 def _weights(recipe: FinetuneRecipe) -> ExportConfig:
@@ -192,7 +199,7 @@ def _final_weights(run: FinetuneRun, module: FinetuneModule) -> str:
 def _predictions(run: FinetuneRun, module: FinetuneModule, labelled: Labelled) -> dict[str, tuple[list[Prediction], dict[str, str]]]:
     """Corpus -> predictions on its test cuts and their labels."""
     device = next(module.parameters()).device
-    batches = LabelledSet(labelled.test, run.recipe.sampling, num_mel_bins=module.student.encoder.num_mel_bins)
+    batches = LabelledSet(labelled.test, run.recipe.sampling, reads=_reads(module))
     found = [item for batch in batches.iterate(0, 1) for item in module.predict(batch.to(device))]
     corpus_of = {example.cut.id: run.corpora[example.corpus].name for example in labelled.test}
     by_corpus: dict[str, tuple[list[Prediction], dict[str, str]]] = {}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from spear.errors import CheckpointError, ConfigError
 from spear.export.encoder import load_encoder
-from spear.files import make_folder, sha256_file, write_text, writing
+from spear.files import make_folder, read_json, sha256_file, write_text, writing
 
 logger = logging.getLogger(__name__)
 
-SUMS, LICENCE, CARD, CITATION = "SHA256SUMS", "LICENSE", "README.md", "CITATION.cff"
+SUMS, LICENCE, CARD = "SHA256SUMS", "LICENSE", "README.md"
+SCORES = ("evaluate/scores.json", "scores.json")
+"""Where a run's scores lie beside its export: of `spear evaluate`, of `spear finetune`."""
 LEFT_OUT = ("artifact.json", "unfinished.json", ".lock")
 """A stage's own records: they say where and when, not what."""
 OPEN = "license: other"
@@ -30,7 +33,7 @@ def push(
     private: bool = False,
     force: bool = False,
 ) -> None:
-    """Send an export folder, with checksums and its licence.
+    """Send an export folder, with checksums, its licence, and in its card the scores of the run it belongs to.
 
     Args:
         export: folder of `spear export`, `spear import` or `spear finetune`. repo: ``owner/name`` on the hub. out: dry run: write the folder
@@ -87,9 +90,35 @@ def gather(export: Path, folder: Path, licence_file: Path | None) -> list[Path]:
                 shutil.copyfile(path, target)
         if licence_file is not None:
             shutil.copyfile(licence_file, folder / LICENCE)
+    scores = next((export.parent / name for name in SCORES if (export.parent / name).exists()), None)
+    if scores is not None and (folder / CARD).exists():
+        write_text(folder / CARD, with_scores((folder / CARD).read_text(), read_json(scores)))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     write_text(folder / SUMS, "".join(f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files))
     return [*files, folder / SUMS]
+
+
+def with_scores(card: str, scores: Mapping[str, Any]) -> str:
+    """The card with a table of scores before its section on the licence.
+
+    Args:
+        scores: ``scores.json`` of `spear finetune`, one score, or of `spear evaluate`: task -> embedder -> score.
+    """
+    if "metric" in scores:
+        rows = [(scores["task"], "fine-tuned", scores)]
+    else:
+        rows = [(task, found.get("label", name), found) for task, by_name in scores.items() for name, found in by_name.items() if "value" in found]
+    if not rows:
+        return card
+    lines = ["## Scores", "", "| task | features | metric | test |", "| --- | --- | --- | --- |"]
+    lines += [f"| {task} | {label} | {found.get('metric', '')} | {_interval(found)} |" for task, label, found in rows]
+    head, mark, tail = card.rpartition("## Licence")
+    return "\n".join([*([head.rstrip("\n"), ""] if mark else [card.rstrip("\n"), ""]), *lines, "", *([mark + tail] if mark else [])])
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    text = f"{found['value']:.3f}"
+    return f"{text} ({found['ci'][0]:.3f} to {found['ci'][1]:.3f})" if found.get("ci") else text
 
 
 def _upload(folder: Path, repo: str, private: bool) -> str:

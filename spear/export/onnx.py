@@ -22,6 +22,7 @@ from spear.errors import CheckpointError, ConfigError
 from spear.export.encoder import AudioEncoder
 from spear.export.onnx_modules import RecordableEncoder, RecordableFbank, RecordableStep
 from spear.files import void, write_atomic, write_json
+from spear.models.base import Encoder
 from spear.models.zipformer.encoder import ZipformerEncoder
 
 logger = logging.getLogger(__name__)
@@ -57,20 +58,34 @@ def require_onnx() -> None:
 
 def min_frames(encoder: AudioEncoder) -> int:
     """Fewest log-mel frames that a recorded encoder takes: one chunk of a causal one, whose recording cannot shrink its chunks."""
+    return max(encoder.encoder.min_fbank_frames, 2 * _chunk(encoder.encoder) + 7)
+
+
+def min_program_frames(encoder: AudioEncoder) -> int:
+    """As `min_frames` for a torch program, which holds for two frames of the coarsest stack and two chunks: torch records one apart."""
     network = encoder.encoder
-    chunk = network.config.chunk_sizes[0] if isinstance(network, ZipformerEncoder) and network.config.causal else 0
-    return max(network.min_fbank_frames, 2 * chunk + 7)
+    coarsest = max(stack.downsampling for stack in network.config.stacks()) if isinstance(network, ZipformerEncoder) else 1
+    return max(network.min_fbank_frames, 2 * (max(coarsest, _chunk(network)) + 1) + 7)
+
+
+def _chunk(network: Encoder) -> int:
+    """Frames at 50 Hz that a recorded encoder hears together; 0 where it hears all."""
+    return max(network.config.chunk_sizes[0], 0) if isinstance(network, ZipformerEncoder) and network.config.causal else 0
 
 
 def record_encoder(encoder: AudioEncoder) -> ExportedProgram:
-    """The encoder on log-mels as a torch program for any batch and length."""
-    return _record(_encoder_parts(encoder))
+    """The encoder on log-mels as a torch program for any batch and length.
+
+    Raises:
+        CheckpointError: it reads no log-mels, or cannot be recorded.
+    """
+    return _record(encoder_parts(encoder))
 
 
 def write_program(folder: Path, encoder: AudioEncoder) -> None:
     """Write ``encoder.pt2``, for `torch.export.load`: ``program.module()(fbank, fbank_lens)`` gives features and lens."""
     program = record_encoder(encoder)
-    facts = {key: str(value) for key, value in metadata(encoder).items()}
+    facts = {**metadata(encoder), "min_frames": str(min_program_frames(encoder))}
 
     def write(path: Path) -> None:
         buffer = io.BytesIO()
@@ -89,7 +104,7 @@ def write_onnx(folder: Path, encoder: AudioEncoder, precisions: Sequence[str] = 
     Returns:
         names of the files.
     Raises:
-        ConfigError: a package is missing, or a precision is unknown. CheckpointError: the network cannot be recorded.
+        ConfigError: a package is missing, or a precision is unknown. CheckpointError: the network reads no log-mels, or cannot be recorded.
     """
     require_onnx()
     import onnx
@@ -98,7 +113,7 @@ def write_onnx(folder: Path, encoder: AudioEncoder, precisions: Sequence[str] = 
     if unknown:
         raise ConfigError(f"`export.precisions` must be of {', '.join(PRECISIONS)}, but has {unknown[0]!r}")
     facts, files = metadata(encoder), []
-    whole = to_onnx(_encoder_parts(encoder))
+    whole = to_onnx(encoder_parts(encoder))
     front = to_onnx(_fbank_parts(encoder.encoder.num_mel_bins))
     for precision in precisions:
         changed = PRECISIONS[precision](whole)
@@ -109,7 +124,7 @@ def write_onnx(folder: Path, encoder: AudioEncoder, precisions: Sequence[str] = 
         )
         for name, model in ((ENCODER, changed), (AUDIO, joined)):
             files.append(file_name(name, precision))
-            _write_model(folder / files[-1], model, {**facts, "precision": precision})
+            write_model(folder / files[-1], model, {**facts, "precision": precision})
     if isinstance(encoder.encoder, ZipformerEncoder) and encoder.encoder.config.causal and _streams(encoder.encoder):
         step = RecordableStep(encoder.encoder).eval()
         extra: dict[str, str | int] = {
@@ -117,7 +132,7 @@ def write_onnx(folder: Path, encoder: AudioEncoder, precisions: Sequence[str] = 
             "hop_frames": step.stream.hop_frames,
             "states": ",".join(step.state_names),
         }
-        _write_model(folder / STREAM, to_onnx(_step_parts(step, encoder.encoder.num_mel_bins)), {**facts, **extra, "precision": "fp32"})
+        write_model(folder / STREAM, to_onnx(_step_parts(step, encoder.encoder.num_mel_bins)), {**facts, **extra, "precision": "fp32"})
         files.append(STREAM)
     return files
 
@@ -158,12 +173,24 @@ def _record(parts: Recorded) -> ExportedProgram:
         raise CheckpointError(f"the network cannot be recorded: {' '.join(str(error).split())[:300]}") from error
 
 
-def _encoder_parts(encoder: AudioEncoder) -> Recorded:
+def encoder_parts(
+    encoder: AudioEncoder,
+    module: nn.Module | None = None,
+    inputs: tuple[str, str] = ("fbank", "fbank_lens"),
+    outputs: tuple[str, str] = ("features", "lens"),
+) -> Recorded:
+    """The encoder, or a `module` around it, with log-mels (N, T, F) and lens (N,) as `inputs`, any N and T.
+
+    Raises:
+        CheckpointError: the encoder reads no log-mels.
+    """
+    if encoder.encoder.reads != "fbank":
+        raise CheckpointError(f"only an encoder that reads log-mels can be recorded, but this one reads {encoder.encoder.reads}")
     frames = max(EXAMPLE_FRAMES, min_frames(encoder) + 10)
-    fbank = torch.zeros(2, frames, encoder.encoder.num_mel_bins)
-    dynamic = {"fbank": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, "fbank_lens": {0: Dim.DYNAMIC}}
-    inputs = {"fbank": fbank, "fbank_lens": torch.tensor([frames, frames - 6])}
-    return Recorded(RecordableEncoder(encoder.encoder).eval(), inputs, dynamic, ["features", "lens"])
+    examples = (torch.zeros(2, frames, encoder.encoder.num_mel_bins), torch.tensor([frames, frames - 6]))
+    dynamic = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
+    module = RecordableEncoder(encoder.encoder) if module is None else module
+    return Recorded(module.eval(), dict(zip(inputs, examples)), dict(zip(inputs, dynamic)), list(outputs))
 
 
 def _fbank_parts(num_mel_bins: int) -> Recorded:
@@ -232,7 +259,7 @@ PRECISIONS: dict[str, Callable[[Any], Any]] = {"fp32": lambda model: model, "fp1
 """What is done to the model in float32."""
 
 
-def _write_model(path: Path, model: Any, facts: Mapping[str, str | int]) -> None:
+def write_model(path: Path, model: Any, facts: Mapping[str, str | int]) -> None:
     """Write a model with metadata; one of more than 2 GB is refused by the format and said so."""
     import onnx
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spear.data.audio import Audio, load_audio
-from spear.data.fbank import SAMPLE_RATE, fbank_batch
+from spear.data.fbank import SAMPLE_RATE
+from spear.data.inputs import INPUTS
 from spear.data.loader import ordered_loader
 from spear.data.sampler import BatchPlan, Lengths, SamplingConfig, valid_batches
 from spear.files import seed_from
@@ -61,11 +62,18 @@ class Mixup:
     alpha: float
 
 
-def make_batch(examples: Sequence[Example], num_mel_bins: int, mixup: Mixup | None = None, seed: int = 0, g: int = 0) -> LabelledBatch:
+class Reads(NamedTuple):
+    """What the encoder reads. kind: see `spear.data.inputs.INPUTS`; width: F."""
+
+    kind: str
+    width: int
+
+
+def make_batch(examples: Sequence[Example], reads: Reads, mixup: Mixup | None = None, seed: int = 0, g: int = 0) -> LabelledBatch:
     """Read, mix and pad.
 
     Args:
-        examples: at least one. num_mel_bins: F. mixup: mix pairs of this batch. seed, g: decide which.
+        examples: at least one. mixup: mix pairs of this batch. seed, g: decide which.
     Raises:
         DataError: a cut cannot be read.
     """
@@ -77,7 +85,7 @@ def make_batch(examples: Sequence[Example], num_mel_bins: int, mixup: Mixup | No
     audio = torch.zeros(len(waves), int(lens.max()))
     for row, wave in zip(audio, waves):
         row[: len(wave)] = torch.from_numpy(wave)
-    features, feature_lens = fbank_batch(audio, lens, num_mel_bins)
+    features, feature_lens = INPUTS[reads.kind].batch(audio, lens, reads.width)
     labels, label_lens = _padded(targets)
     cuts = [example.cut for example in examples]
     domains = [str((cut.custom or {}).get("domain", "")) for cut in cuts]
@@ -122,11 +130,11 @@ class LabelledSource:
         sampling: SamplingConfig,
         seed: int,
         *,
-        num_mel_bins: int,
+        reads: Reads,
         draws: NDArray[np.float64] | None = None,
         mixup: Mixup | None = None,
     ) -> None:
-        self.sampling, self.seed, self.num_mel_bins, self.mixup = sampling, seed, num_mel_bins, mixup
+        self.sampling, self.seed, self.reads, self.mixup = sampling, seed, reads, mixup
         chosen = list(examples) if draws is None else [examples[i] for i in systematic(draws)]
         self.rows = [[example for example in chosen if example.corpus == corpus] for corpus in range(len(weights))]
         lengths = [
@@ -143,7 +151,7 @@ class LabelledSource:
 
     def batch(self, g: int) -> LabelledBatch:
         """Batch `g`, g = 0, 1, ..."""
-        return make_batch([self.rows[corpus][cut] for corpus, cut in self.plan.batch(g)], self.num_mel_bins, self.mixup, self.seed, g)
+        return make_batch([self.rows[corpus][cut] for corpus, cut in self.plan.batch(g)], self.reads, self.mixup, self.seed, g)
 
     def iterate(self, start: int, stride: int) -> Iterator[Batch]:
         """See BatchSource."""
@@ -153,8 +161,8 @@ class LabelledSource:
 class LabelledSet:
     """Every example once, short ones first; a `ValidSource` of the trainer."""
 
-    def __init__(self, examples: Sequence[Example], sampling: SamplingConfig, *, num_mel_bins: int) -> None:
-        self.examples, self.sampling, self.num_mel_bins = list(examples), sampling, num_mel_bins
+    def __init__(self, examples: Sequence[Example], sampling: SamplingConfig, *, reads: Reads) -> None:
+        self.examples, self.sampling, self.reads = list(examples), sampling, reads
         lengths = [np.asarray([example.samples for example in self.examples], dtype=np.int64)]
         self._batches = valid_batches(lengths, sampling.max_batch_s)
 
@@ -163,7 +171,7 @@ class LabelledSet:
 
     def batch(self, g: int) -> LabelledBatch:
         """Batch `g`, 0 to len - 1."""
-        return make_batch([self.examples[cut] for _, cut in self._batches[g]], self.num_mel_bins)
+        return make_batch([self.examples[cut] for _, cut in self._batches[g]], self.reads)
 
     def iterate(self, rank: int, world: int) -> Iterator[Batch]:
         """See ValidSource."""

@@ -77,6 +77,10 @@ class Pieces(Tokenizer):
         """See Tokenizer."""
         return str(self._processor.decode([int(symbol) - 1 for symbol in symbols]))
 
+    def pieces(self) -> list[str]:
+        """The pieces as they are written, a leading U+2581 for the begin of a word."""
+        return [str(self._processor.id_to_piece(i)) for i in range(self.size - 1)]
+
     def to_json(self) -> dict[str, Any]:
         """See Tokenizer."""
         return {"type": "pieces", "model": base64.b64encode(self.model).decode()}

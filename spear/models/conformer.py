@@ -57,14 +57,13 @@ class ConformerLayer(UniformLayer):
         self.feed_forward2 = _FeedForward(config, share)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor], visible: Tensor | None, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor], visible: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """See UniformLayer."""
         x = x + 0.5 * self._drop(self.feed_forward1(x))
         x = x + self._drop(self.attention(self.attention_norm(x), positions, visible))
         x = x + self._drop(self.conv(x, padding))
-        x = x + 0.5 * self._drop(self.feed_forward2(x))
-        out: Tensor = self.norm(x)
-        return out
+        branch = self.feed_forward2(x)
+        return self.norm(x + 0.5 * self._drop(branch)), branch
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

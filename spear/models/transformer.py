@@ -38,11 +38,12 @@ class TransformerLayer(UniformLayer):
         self.in_proj = nn.Linear(dim, config.feedforward_dim)
         self.out_proj = scaled(nn.Linear(config.feedforward_dim, dim), share)
 
-    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor], visible: Tensor | None, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor], visible: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """See UniformLayer."""
         x = x + self._drop(self.attention(self.attention_norm(x), positions, visible))
         hidden = self._drop(F.gelu(self.in_proj(self.feed_forward_norm(x))))
-        return x + self._drop(self.out_proj(hidden))
+        branch = self.out_proj(hidden)
+        return x + self._drop(branch), branch
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

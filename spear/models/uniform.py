@@ -57,15 +57,17 @@ def _require(holds: bool, name: str, rule: str, value: object) -> None:
 class UniformLayer(nn.Module, abc.ABC):
     """One of the equal layers."""
 
+    training_unit = True  # recomputed and spread over processes as one
+
     @abc.abstractmethod
-    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor], visible: Tensor | None, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor], visible: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """One layer.
 
         Args:
             x: (N, T, D). positions: see `spear.models.rotary.rotation`. visible: (N, 1, 1, T) bool, True at keys that exist;
             None: all do. padding: (N, T) bool, its opposite.
         Returns:
-            (N, T, D).
+            (N, T, D) of the layer, and of its last feed-forward module before dropout, scale and addition.
         """
 
 
@@ -82,6 +84,8 @@ class UniformEncoder(Encoder):
     sample_rate = 16000
     frame_rate_hz = 50.0
     first_frame_s = FBANK_FIRST_FRAME_S + 0.04
+    taps = ("block_output", "ffn_pre_residual")
+    front_end = ("encoder_embed",)
 
     def __init__(self, config: UniformConfig, layers: list[UniformLayer], norm: nn.Module) -> None:
         super().__init__()
@@ -101,7 +105,7 @@ class UniformEncoder(Encoder):
         Args:
             features: (N, T, F) log-mels at 100 Hz, padded with LOG_EPSILON. lens: (N,) int64 valid frames.
         Returns:
-            features (N, T50, D); hidden_states: (N, T50, D), the output of every layer. Padded frames hold values without meaning.
+            features (N, T50, D); hidden_states: (N, T50, D) of every layer, at the tap. Padded frames hold values without meaning.
         Raises:
             DataError: wrong number of bins (cause ``shape``), or an item of less than 9 frames (cause ``too_short``).
         """
@@ -112,8 +116,8 @@ class UniformEncoder(Encoder):
         positions = rotation(x.shape[1], self.dim // self.config.num_heads, x.device)
         hidden = []
         for layer in self.layers:
-            x = layer(x, positions, visible, padding)
-            hidden.append(x)
+            x, branch = layer(x, positions, visible, padding)
+            hidden.append({"block_output": x, "ffn_pre_residual": branch}[self.tap])
         return EncoderOutput(self.norm(x), lens, tuple(hidden))
 
     def set_batch_count(self, count: float) -> None:

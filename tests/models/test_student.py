@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spear.models.base import share_under_frames
 from spear.models.heads import CodebookHead
 from spear.models.masking import MaskConfig, draw_masks
-from spear.models.student import Student, share_under_frames
+from spear.models.student import Student
 from tests.models.parity import random_batch, tiny_config
 
 MASKING = MaskConfig(channel_length=5)

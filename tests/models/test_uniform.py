@@ -94,7 +94,7 @@ def test_uniform_encoder_layers_never_see_padding(kind: str) -> None:
 def run_layers(encoder: Encoder, x: torch.Tensor) -> torch.Tensor:
     positions = rotation(x.shape[1], encoder.dim // encoder.config.num_heads, x.device)
     for layer in encoder.layers:
-        x = layer(x, positions, None, None)
+        x, _ = layer(x, positions, None, None)
     found: torch.Tensor = encoder.norm(x)
     return found
 

@@ -12,6 +12,7 @@ from spear.errors import ConfigError
 from spear.evaluation.suites import tasks_of
 from spear.evaluation.tasks.base import Settings, Task, TaskConfig
 from spear.files import seed_from
+from spear.teachers.base import TeacherConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -46,6 +47,8 @@ class EvaluationConfig:
     """Also score the student before any training."""
     baselines: bool = True
     """Also score log-mels and the teachers, which are the same for all students on the same data."""
+    beside: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Name -> another model to score, written as a teacher: one layer of a Hugging Face model, of another export (``type: spear``), of your code."""
     batch_s: float = 60.0
     """Seconds of audio per embedding batch, padding included."""
     analysis_cuts: int = 30
@@ -57,6 +60,9 @@ class EvaluationConfig:
         for name in self.tasks:
             if not NAME.fullmatch(name):
                 raise ConfigError(f"`tasks` names must be letters, digits, '_', '-' and '.', but one is {name!r}")
+        for name in self.beside:
+            if not NAME.fullmatch(name):
+                raise ConfigError(f"`beside` names must be letters, digits, '_', '-' and '.', but one is {name!r}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"`seeds` must be at least one and all different, but is {self.seeds}")
         if not self.learning_rates or min(self.learning_rates) <= 0:

@@ -17,7 +17,7 @@ from spear.types import EncoderOutput
 
 Audio = NDArray[np.float32]
 Layers = list[NDArray[np.float32]]
-Kind = Literal["logmel", "teacher", "tokens", "codes", "student", "untrained"]
+Kind = Literal["logmel", "teacher", "tokens", "codes", "other", "student", "untrained"]
 
 
 class Embedder(abc.ABC):
@@ -117,6 +117,14 @@ class TeacherFrames(Embedder):
             lens = [len(x) for x in frames]
             frames = list(self._quantizer.decode(self._quantizer.encode(torch.cat(frames))).split(lens))
         return [[x.float().numpy()] for x in frames]
+
+
+class OtherModel(TeacherFrames):
+    """A model that is no teacher of the run, under the name that the recipe gives it."""
+
+    def __init__(self, name: str, teacher: TeacherLike, extract: Extract) -> None:
+        super().__init__(name, teacher, extract)
+        self.kind, self.name, self.label = "other", f"beside_{name}", name
 
 
 class TeacherCodes(Embedder):

@@ -16,7 +16,7 @@ from spear.evaluation.examples import spans
 
 INK, FAINT = "#010203", "#010204"
 """Stand-ins that `to_svg` turns into the page's text colour and its faint line colour."""
-COLOURS = {"student": "#d9622b", "untrained": "#b08d6a", "logmel": "#8a9199", "teacher": "#2f7fb8", "tokens": "#5fa9a0"}
+COLOURS = {"student": "#d9622b", "untrained": "#b08d6a", "logmel": "#8a9199", "teacher": "#2f7fb8", "tokens": "#5fa9a0", "other": "#8b6fb3"}
 SERIES = ("#2f7fb8", "#d9622b", "#4a9d5b", "#a35fb0", "#c2a02e", "#c45062", "#5fa9a0", "#7a7fd0")
 STYLE = {
     "svg.fonttype": "none",

@@ -130,7 +130,9 @@ def model_rows(models: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     rows = []
     for model in models:
         if model["parameters"]:
-            speed = model["audio_s"] / model["wall_s"] if model["wall_s"] > 0 and model["kind"] in ("student", "untrained", "teacher") else None
+            speed = (
+                model["audio_s"] / model["wall_s"] if model["wall_s"] > 0 and model["kind"] in ("student", "untrained", "teacher", "other") else None
+            )
             rows.append(
                 {
                     "label": model["label"],

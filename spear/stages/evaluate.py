@@ -19,7 +19,7 @@ from spear.errors import ConfigError
 from spear.evaluation.analysis import ChangedClips, choose_cuts, compare_layers, retrieval
 from spear.evaluation.collect import AudioCache, Plan
 from spear.evaluation.config import with_suite
-from spear.evaluation.embedders import Embedder, Encoded, LogMel, TeacherCodes, TeacherFrames
+from spear.evaluation.embedders import Embedder, Encoded, LogMel, OtherModel, TeacherCodes, TeacherFrames
 from spear.evaluation.examples import Labeller, choose_example, make_example, write_examples
 from spear.evaluation.facts import ANALYSIS, FOLDER, SIZES, keep_data_facts
 from spear.evaluation.report import write_report
@@ -92,9 +92,10 @@ class Evaluator:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def models(self) -> list[Model]:
-        """Baselines first, then teachers, then students: the order of the report."""
+        """Baselines first, then teachers, other models and students: the order of the report."""
         config = self.run.recipe.evaluation
         found = self.baselines() if config.baselines else []
+        found += [Model(f"beside_{name}", functools.partial(self.other, name)) for name in config.beside]
         if config.untrained:
             found.append(Model("untrained", self.untrained))
         found.append(Model("student", self.student))
@@ -121,6 +122,13 @@ class Evaluator:
         teacher, take, quantizer = self.labeller(name)
         embedder = TeacherFrames(name, teacher, take, quantizer=quantizer if rebuilt else None)
         embedder.num_parameters = parameters_of(teacher)
+        return embedder
+
+    def other(self, name: str) -> Embedder:
+        """A model of ``evaluation.beside``."""
+        model = self.run.recipe.evaluation.beside[name].build(self.run.data).to(self.device)
+        embedder = OtherModel(name, model, lambda audios: extract(model, audios, torch.device(self.device)))
+        embedder.num_parameters = parameters_of(model)
         return embedder
 
     def teacher_codes(self, name: str) -> Embedder:
@@ -312,11 +320,13 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 def inputs_of(run: Run, corpora: dict[str, list[CorpusConfig]]) -> dict[str, str]:
-    """Fingerprints of the export, of every manifest a task reads, and of the quantizers, which vouch for their teachers."""
+    """Fingerprints of the export, of every manifest a task reads, of the models beside it, and of the quantizers, which vouch for their teachers."""
     inputs = {"export": fingerprint_of(run.exp / "export")}
     for corpus in {corpus.name: corpus for found in corpora.values() for corpus in found}.values():
         for split in SPLITS:
             inputs[f"manifests/{corpus.name}/{split}"] = sha256_file(find_manifest(run.data, corpus.name, split))
+    for name, config in run.recipe.evaluation.beside.items():
+        inputs[f"beside/{name}"] = config.build(run.data).fingerprint()
     for name in run.recipe.quantizers:
         inputs[f"quantizers/{name}"] = fingerprint_of(run.data / "quantizers" / name)
     return inputs

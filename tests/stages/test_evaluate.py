@@ -177,6 +177,20 @@ def test_evaluate_resumes_to_the_same_bytes(finished: Run, data: Path, tmp_path:
         assert (again.exp / "evaluate" / name).read_bytes() == (finished.exp / "evaluate" / name).read_bytes()
 
 
+def test_evaluate_scores_other_models_beside_the_student(finished: Run, data: Path, tmp_path: Path) -> None:
+    beside = {"plain": LogMelConfig(num_mel_bins=64, stack=2)}
+    task = {"tones": FramesConfig(domain="speech")}
+    found = make_run(data, tmp_path / "exp", tasks=task, beside=beside, baselines=False, untrained=False, analysis_cuts=0)
+    run(found)
+    scores = read_json(found.exp / "evaluate" / "scores.json")["tones"]
+    assert set(scores) == {"beside_plain", "student"}
+    assert scores["beside_plain"]["label"] == "plain"
+    assert scores["beside_plain"]["kind"] == "other"
+    teacher = read_json(finished.exp / "evaluate" / "scores.json")["tones"]["teacher_mel"]
+    assert scores["beside_plain"]["value"] == teacher["value"]
+    assert read_json(found.exp / "evaluate" / "artifact.json")["inputs"]["beside/plain"] == beside["plain"].build().fingerprint()
+
+
 SUITE_CORPORA = {
     "superb": {"voxceleb1_verification": "speech", "speech_commands": "audio"},
     "hear": {"esc50": "audio"},

@@ -40,7 +40,7 @@ corpora() {
   if [ -d "$DOWNLOADS/libriheavy" ]; then
     "$PYTHON" local/prepare_speech.py libriheavy --root "$DOWNLOADS/libriheavy" --audio "$DOWNLOADS" --out $out/libriheavy
   fi
-  for name in audioset vggsound fsd50k; do
+  for name in audioset vggsound fsd50k esc50 mtg_jamendo music4all freesound; do
     if [ -d "$DOWNLOADS/$name" ]; then "$PYTHON" local/prepare_tagged.py "$name" --root "$DOWNLOADS/$name" --out "$out/$name"; fi
   done
 }

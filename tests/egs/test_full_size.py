@@ -100,6 +100,50 @@ def test_vggsound_and_fsd50k_are_found_by_their_lists(tagged: ModuleType, tmp_pa
     assert set(labels(found["train"]).values()) == {"Rain;Water"}
 
 
+def test_esc50_and_jamendo_keep_their_own_splits(tagged: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "esc50"
+    (root / "meta").mkdir(parents=True)
+    rows = [f"{fold}-{i}-A-0.wav,{fold},0,dog,True,1,A" for fold in range(1, 6) for i in range(2)]
+    (root / "meta" / "esc50.csv").write_text("\n".join(["filename,fold,target,category,esc10,src_file,take", *rows]) + "\n")
+    for row in rows:
+        sound(root / "audio" / row.split(",")[0])
+    assert run(tagged, monkeypatch, "esc50", "--root", root, "--out", tmp_path / "e", "--valid-share", 0.9) == 0
+    found = cuts(tmp_path / "e")
+    assert {split: {name[0] for name in part} for split, part in found.items()} == {"train": {"1", "2", "3"}, "valid": {"4"}, "test": {"5"}}
+    root = tmp_path / "jamendo"
+    folder = root / "data" / "splits" / "split-0"
+    folder.mkdir(parents=True)
+    for k, part in enumerate(("train", "validation", "test")):
+        rows = [f"track_{k}{i}\tartist_1\talbum_1\t{i:02d}/{k}{i}.mp3\t200.0\tgenre---jazz\tinstrument---bass" for i in range(2)]
+        (folder / f"autotagging-{part}.tsv").write_text("\n".join(["TRACK_ID\tARTIST_ID\tALBUM_ID\tPATH\tDURATION\tTAGS", *rows]) + "\n")
+        for i in range(2):
+            sound(root / "audio" / f"{i:02d}" / (f"{k}{i}.flac" if i else f"{k}{i}.low.flac"))
+    assert run(tagged, monkeypatch, "mtg_jamendo", "--root", root, "--out", tmp_path / "j", "--valid-share", 0.9) == 0
+    found = cuts(tmp_path / "j")
+    assert {split: sorted(part) for split, part in found.items()} == {
+        "train": ["track_00", "track_01"],
+        "valid": ["track_10", "track_11"],
+        "test": ["track_20", "track_21"],
+    }
+    assert set(labels(found["test"]).values()) == {"genre---jazz;instrument---bass"}
+
+
+@pytest.mark.parametrize(("layout", "table", "audio"), [("music4all", "id_genres.csv", "audios"), ("freesound", "freesound.csv", "audio")])
+def test_sets_without_splits_are_divided_by_a_hash(
+    tagged: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, table: str, audio: str
+) -> None:
+    root = tmp_path / "set"
+    for i in range(30):
+        sound(root / audio / f"{i:04d}.ogg")
+    head, row = ("id\tgenres", "{:04d}\tpop,rock") if layout == "music4all" else ("id,tags", "{:04d},pop rock")
+    (root / table).write_text("\n".join([head, *(row.format(i) for i in range(30))]) + "\n")
+    assert run(tagged, monkeypatch, layout, "--root", root, "--out", tmp_path / "out", "--valid-share", 0.2) == 0
+    found = cuts(tmp_path / "out")
+    assert sum(len(part) for part in found.values()) == 30
+    assert all(0 < len(found[split]) < 15 for split in ("valid", "test"))
+    assert set(labels(found["train"]).values()) == {"pop;rock"}
+
+
 def test_tagged_says_which_split_is_empty(
     tagged: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

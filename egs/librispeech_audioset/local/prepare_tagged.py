@@ -1,10 +1,10 @@
-"""Tagged sounds to Lhotse cuts: the published layouts of AudioSet, VGGSound and FSD50K.
+"""Tagged sounds to Lhotse cuts: the published layouts of AudioSet, VGGSound, FSD50K, ESC-50, MTG-Jamendo and Music4All, and lists of Freesound.
 
     python local/prepare_tagged.py audioset --root downloads/audioset --out data/corpus/audioset
 
 Every cut is a whole file with one supervision, whose custom field ``label`` is the tags joined by ``;``. Files that a list names and the folder
-lacks are counted, as many clips of AudioSet and VGGSound are gone. The split valid is a share of the training files, chosen by a hash of their id;
-test is the set's own evaluation split.
+lacks are counted, as many clips of AudioSet and VGGSound are gone. Splits are the set's own: where it has no valid split, a share of the training
+files is, chosen by a hash of their id, and where it has no splits at all, another such share is test.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ CHUNK = 4096
 
 
 class Clip(NamedTuple):
-    """A row of a list: id, where its file may lie (without suffix), tags, and whether it is of the evaluation split."""
+    """A row of a list: id, where its file may lie (without suffix), tags, and its split; None where the set has no splits."""
 
     id: str
     places: tuple[Path, ...]
     labels: list[str]
-    test: bool
+    split: str | None
 
 
 def audioset(root: Path) -> Iterator[Clip]:
@@ -50,25 +50,67 @@ def audioset(root: Path) -> Iterator[Clip]:
         for row in csv.reader((line for line in path.open() if not line.startswith("#")), skipinitialspace=True):
             name, folder = row[0], path.stem.removesuffix("_segments")
             places = tuple(root / where / f"{prefix}{name}" for where in (folder, f"{folder}_segments", "audio") for prefix in ("", "Y"))
-            yield Clip(name, places, row[3].split(","), path.stem.startswith("eval"))
+            yield Clip(name, places, row[3].split(","), "test" if path.stem.startswith("eval") else "train")
 
 
 def vggsound(root: Path) -> Iterator[Clip]:
     """``vggsound.csv`` (id, start, tag, split) and ``audio/ID_000030.wav``."""
     for name, start, label, split in csv.reader((root / "vggsound.csv").open()):
         clip = f"{name}_{int(start):06d}"
-        yield Clip(clip, (root / "audio" / clip, root / split / clip, root / clip), [label], split == "test")
+        yield Clip(clip, (root / "audio" / clip, root / split / clip, root / clip), [label], split)
 
 
 def fsd50k(root: Path) -> Iterator[Clip]:
     """``FSD50K.ground_truth/dev.csv`` and ``eval.csv``, files in ``FSD50K.dev_audio`` and ``FSD50K.eval_audio``."""
-    for part in ("dev", "eval"):
+    for part, split in (("dev", "train"), ("eval", "test")):
         with (root / "FSD50K.ground_truth" / f"{part}.csv").open() as file:
             for row in csv.DictReader(file):
-                yield Clip(row["fname"], (root / f"FSD50K.{part}_audio" / row["fname"],), row["labels"].split(","), part == "eval")
+                yield Clip(
+                    row["fname"], (root / f"FSD50K.{part}_audio" / row["fname"],), row["labels"].split(","), "test" if part == "eval" else "train"
+                )
 
 
-LAYOUTS: dict[str, Callable[[Path], Iterator[Clip]]] = {"audioset": audioset, "vggsound": vggsound, "fsd50k": fsd50k}
+def esc50(root: Path) -> Iterator[Clip]:
+    """``meta/esc50.csv`` and ``audio``: of the five folds the last is test and the one before it valid."""
+    with (root / "meta" / "esc50.csv").open() as file:
+        for row in csv.DictReader(file):
+            name, split = Path(row["filename"]).stem, {"4": "valid", "5": "test"}.get(row["fold"], "train")
+            yield Clip(name, (root / "audio" / name,), [row["category"]], split)
+
+
+def mtg_jamendo(root: Path) -> Iterator[Clip]:
+    """``data/splits/split-0/autotagging-{train,validation,test}.tsv``, files ``audio/14/214.mp3`` or ``214.low.mp3``; tags are the last columns."""
+    for part, split in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        with (root / "data" / "splits" / "split-0" / f"autotagging-{part}.tsv").open() as file:
+            for track, _, _, path, _, *tags in islice(csv.reader(file, delimiter="\t"), 1, None):
+                place = root / "audio" / path.removesuffix(".mp3")
+                yield Clip(track, (place, place.with_name(f"{place.name}.low")), tags, split)
+
+
+def music4all(root: Path) -> Iterator[Clip]:
+    """``id_genres.csv`` (id, genres with commas, tabs between) and ``audios``; there are no splits."""
+    with (root / "id_genres.csv").open() as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            yield Clip(row["id"], (root / "audios" / row["id"],), row["genres"].split(","), None)
+
+
+def freesound(root: Path) -> Iterator[Clip]:
+    """``freesound.csv`` (id, tags with blanks) and ``audio/ID``, as a download by a list of ids leaves them; there are no splits."""
+    with (root / "freesound.csv").open() as file:
+        for row in csv.DictReader(file):
+            yield Clip(row["id"], (root / "audio" / row["id"],), (row.get("tags") or "").split(), None)
+
+
+LAYOUTS: dict[str, Callable[[Path], Iterator[Clip]]] = {
+    "audioset": audioset,
+    "vggsound": vggsound,
+    "fsd50k": fsd50k,
+    "esc50": esc50,
+    "mtg_jamendo": mtg_jamendo,
+    "music4all": music4all,
+    "freesound": freesound,
+}
+OWN_VALID = ("esc50", "mtg_jamendo")
 
 
 def find(clip: Clip) -> Path | None:
@@ -94,6 +136,14 @@ def make_cut(clip: Clip) -> Cut | None:
     return cut
 
 
+def split_of(clip: Clip, held_share: float) -> str:
+    """Where a clip goes: its own split, or by a hash of its id."""
+    place = seed_from("valid", clip.id) / 2**63
+    if clip.split is None:
+        return "valid" if place < held_share else "test" if place < 2 * held_share else "train"
+    return "valid" if clip.split == "train" and place < held_share else clip.split
+
+
 def prepare(layout: str, root: Path, out: Path, valid_share: float) -> dict[str, int]:
     """Write ``cuts_{train,valid,test}.jsonl.gz``; returns cuts per split, and clips without a readable file as ``missing``.
 
@@ -113,8 +163,7 @@ def prepare(layout: str, root: Path, out: Path, valid_share: float) -> dict[str,
                     counts["missing"] += cut is None
                     continue
                 seen.add(key)
-                held = seed_from("valid", clip.id) / 2**63 < valid_share
-                split = "test" if clip.test else "valid" if held else "train"
+                split = split_of(clip, 0.0 if layout in OWN_VALID else valid_share)
                 writers[split].write(cut)
                 counts[split] += 1
     for split, writer in writers.items():

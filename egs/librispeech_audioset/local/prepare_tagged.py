@@ -65,9 +65,7 @@ def fsd50k(root: Path) -> Iterator[Clip]:
     for part, split in (("dev", "train"), ("eval", "test")):
         with (root / "FSD50K.ground_truth" / f"{part}.csv").open() as file:
             for row in csv.DictReader(file):
-                yield Clip(
-                    row["fname"], (root / f"FSD50K.{part}_audio" / row["fname"],), row["labels"].split(","), "test" if part == "eval" else "train"
-                )
+                yield Clip(row["fname"], (root / f"FSD50K.{part}_audio" / row["fname"],), row["labels"].split(","), split)
 
 
 def esc50(root: Path) -> Iterator[Clip]:

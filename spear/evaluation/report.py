@@ -13,6 +13,7 @@ from spear.evaluation.facts import FOLDER, RunFacts, gather
 from spear.evaluation.figures import both_worlds, codebook_bars, curves, example_figure, model_bars
 from spear.evaluation.report_parts import confusion_figures, layer_figures, model_rows, of_section, robustness_figures, token_table
 from spear.evaluation.scoring import Scores
+from spear.evaluation.side_by_side import run_figures
 from spear.files import write_text
 from spear.progress import clock
 
@@ -69,7 +70,9 @@ def comparison(runs: Sequence[RunFacts]) -> dict[str, Any] | None:
     if not merged:
         return None
     tokens = token_table(merged)
-    return {**score_table(of_section(merged, "probes")), "tokens": tokens, "models": {run.name: cost_of_run(run) for run in runs}}
+    probes = of_section(merged, "probes")
+    models = {run.name: cost_of_run(run) for run in runs}
+    return {**score_table(probes), "tokens": tokens, "models": models, "figures": run_figures(runs, probes)}
 
 
 def cost_of_run(run: RunFacts) -> dict[str, str]:

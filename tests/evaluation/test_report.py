@@ -11,10 +11,11 @@ from lhotse import MonoCut
 
 from spear.errors import ArtifactError
 from spear.evaluation.examples import choose_example, spans
-from spear.evaluation.facts import cost_of, gather, read_lines
+from spear.evaluation.facts import RunFacts, cost_of, gather, read_lines
 from spear.evaluation.pictures import Confusion, LayerRow, layer_map
 from spear.evaluation.report import run_names, score_table, summary, thin, write_report
 from spear.evaluation.report_parts import depth, of_section, token_table
+from spear.evaluation.side_by_side import courses
 from spear.files import write_json
 from tests.evaluation.cuts import make_cut
 from tests.evaluation.synthetic import synthetic_run, synthetic_scores
@@ -145,6 +146,22 @@ def test_report_of_several_runs_compares_students(tmp_path: Path) -> None:
     assert len(parsed.ids) == len(set(parsed.ids))
     assert "Students side by side" in page
     assert '<strong class="best">0.900</strong>' in page.partition("</table>")[0]
+    own = len(Page(write_report([full]).read_text()).labels) + len(Page(write_report([other]).read_text()).labels)
+    charts = parsed.labels[: len(parsed.labels) - own]
+    questions = [label.partition(":")[0] for label in charts]
+    assert questions[0] == "How good is each run at phones?"
+    assert len(questions) > 1
+    assert all(question.startswith("How many ") for question in questions[1:])
+    assert re.search(r"first 0\.\d+, second 0\.900$", charts[0])
+
+
+def test_courses_of_runs_are_metrics_that_two_of_them_have() -> None:
+    def facts(name: str, **metrics: float) -> RunFacts:
+        lines = [{"step": step, "split": split, "loss": 1.0, **metrics} for step in (5, 9) for split in ("train", "valid")]
+        return RunFacts(name=name, metrics=lines)
+
+    found = courses([facts("a", **{"accuracy/speech/x": 0.5}), facts("b", **{"accuracy/speech/x": 0.6, "accuracy/audio/x": 0.7})])
+    assert found == {"accuracy/speech/x": {"a, valid": ([5.0, 9.0], [0.5, 0.5], "valid"), "b, valid": ([5.0, 9.0], [0.6, 0.6], "valid")}}
 
 
 def test_report_escapes_names(tmp_path: Path) -> None:

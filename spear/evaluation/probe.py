@@ -87,7 +87,7 @@ class LayerStack:
     def rows(self, index: Tensor | slice) -> Tensor:
         """(L, m, D) of some rows."""
         wanted = index.cpu().numpy() if isinstance(index, Tensor) else index
-        found = [torch.from_numpy(np.ascontiguousarray(x[wanted])).to(self.device) for x in self._layers]
+        found = [torch.from_numpy(np.array(x[wanted])).to(self.device) for x in self._layers]
         return stack_layers([(x - mean) * factor for x, (mean, factor) in zip(found, self._scales)])
 
     def parts(self) -> Iterator[Tensor]:

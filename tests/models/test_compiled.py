@@ -35,7 +35,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chance, "torch", SimpleNamespace(rand=lambda shape: torch.full(shape, 0.999 if shape else 0.0)))
 
 
-def layers() -> list[ZipformerLayer]:
+def layers(backend: str) -> list[ZipformerLayer]:
     """One layer twice, the second to be compiled."""
     torch.manual_seed(0)
     layer = ZipformerLayer(layer_config(dropout=0.1))
@@ -45,7 +45,7 @@ def layers() -> list[ZipformerLayer]:
     found = [layer, copy.deepcopy(layer)]
     for one in found:
         set_batch_count(one, 20_000.0)
-    compile_layers(found[1])
+    compile_layers(found[1], backend)
     return found
 
 
@@ -62,17 +62,18 @@ def outcome(layer: nn.Module, frames: int, items: int) -> list[Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("draws", [never, always])
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
-def test_compiled_layer_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, draws: object, low: bool) -> None:
-    draws(monkeypatch)  # type: ignore[operator]
-    plain, compiled = layers()
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_layer_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, backend: str, low: bool) -> None:
+    plain, compiled = layers(backend)
     assert list(plain.state_dict()) == list(compiled.state_dict())
-    for frames, items in ((40, 2), (53, 3)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            wanted, found = outcome(plain, frames, items), outcome(compiled, frames, items)
-        for a, b in zip(found, wanted):
-            torch.testing.assert_close(a, b, rtol=0, atol=float(b.detach().abs().max()) * (0.06 if low else 1e-4) + 1e-7)
+    for draws in (never, always):
+        draws(monkeypatch)
+        for frames, items in ((40, 2), (53, 3)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                wanted, found = outcome(plain, frames, items), outcome(compiled, frames, items)
+            for a, b in zip(found, wanted):
+                torch.testing.assert_close(a, b, rtol=0, atol=float(b.detach().abs().max()) * (0.06 if low else 1e-4) + 1e-7)
     plain.eval(), compiled.eval()
     with torch.no_grad():
         x, positions = torch.randn(1, 31, 64), torch.randn(61, 48)
@@ -81,7 +82,8 @@ def test_compiled_layer_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, dr
 
 @pytest.mark.slow
 def test_compiled_layer_follows_schedules_and_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = layers()[1]
+    torch._dynamo.utils.counters.clear()
+    compiled = layers("aot_eager")[1]
     never(monkeypatch)
     still = outcome(compiled, 40, 2)
     torch.testing.assert_close(outcome(compiled, 40, 2), still)
@@ -100,7 +102,7 @@ def test_compiled_transformer_equals_the_plain_one() -> None:
     torch.manual_seed(0)
     plain = TransformerConfig(num_layers=2, dim=32, num_heads=2, feedforward_dim=64, dropout=0.0).build()
     compiled = copy.deepcopy(plain)
-    compile_layers(compiled)
+    compile_layers(compiled, "aot_eager")
     x, lens = torch.randn(2, 80, 128), torch.tensor([80, 61])
     outputs = []
     for encoder in (plain, compiled):

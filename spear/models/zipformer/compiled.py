@@ -23,10 +23,13 @@ _MODULES: weakref.WeakValueDictionary[int, ScheduledModule] = weakref.WeakValueD
 _RANDOM = (torch.Tag.nondeterministic_seeded,)
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Let torch compile every layer (`training_unit`) inside `model`, in place, when it is first called.
 
     Names of parameters stay as they are. Batches of any size and length run through the same code, once for training and once for evaluation.
+
+    Args:
+        backend: of `torch.compile`.
     """
     OPERATORS_READY[0] = True
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
@@ -37,7 +40,7 @@ def compile_layers(model: nn.Module) -> None:
             module.handle = torch.tensor(number)
     for module in model.modules():
         if getattr(module, "training_unit", False):
-            module.compile(dynamic=True)
+            module.compile(dynamic=True, backend=backend)
 
 
 _NUMBERS = iter(range(2**62))

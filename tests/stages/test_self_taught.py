@@ -75,7 +75,6 @@ def test_recipe_without_teachers_walks_the_road(corpora: Road, name: str) -> Non
     if name != "data2vec_mini":
         assert 1.5 < last["target_perplexity"] <= 8
         assert last["active_codes/layer4"] > 1.5
-        assert last["accuracy"] > 1.2 / 8
     encoder = spear.load_encoder(exp / "export")
     assert encoder(torch.zeros(1, 8000)).features.shape[2] == 16
 
@@ -109,8 +108,9 @@ def test_mini_recipe_keeps_its_codes_alive(corpora: Road, name: str) -> None:
     exp = walk(corpora, name, f"{name}_slow", settings, stages)
     last = metrics(exp, "train")[-1]
     size = load_recipe(ROOT / "recipes" / f"{name}.yaml").objective.codebook_size  # type: ignore[attr-defined]
-    assert last["target_perplexity"] > 0.1 * size
-    assert last["accuracy"] > 10 / size
+    assert last["target_perplexity"] > 0.5 * size
+    assert last["predicted_perplexity"] > 0.1 * size
+    assert last["accuracy"] > 4 / size
 
 
 @pytest.fixture(scope="module")

@@ -271,3 +271,15 @@ def test_tokens_labels_every_good_file_and_names_every_broken_one(tmp_path: Path
     assert store.ids == [cut.id for cut in good]
     for cut in good:
         np.testing.assert_array_equal(store[cut.id], expected_codes(run, "mel", cut))
+
+
+def test_store_takes_one_byte_per_code_and_tens_of_bytes_per_cut(tmp_path: Path) -> None:
+    """The table of docs/formats.md: rate x codebooks x bytes of a code."""
+    run = prepared(tmp_path)
+    tokens.run(run)
+    store = TokenStore.open(run.data / "tokens" / "mel" / "talk" / "train")
+    codes = sum(store[cut_id].nbytes for cut_id in store.ids)
+    assert codes == sum(len(store[cut_id]) for cut_id in store.ids) * store.spec.num_codebooks
+    blocks = list(store.folder.glob("block-*.safetensors"))
+    size = sum(path.stat().st_size for path in [*blocks, *store.folder.glob("block-*.json")])
+    assert codes + 8 * len(store.ids) < size < codes + 64 * len(store.ids) + 400 * len(blocks)

@@ -107,7 +107,7 @@ class _Bucket:
 
 
 class BatchPlan:
-    """The row of training batches.
+    """The row of training batches. longest: corpus and number of the longest cut.
 
     Args:
         corpora: lengths and weights. config: see SamplingConfig. seed: of the run.
@@ -121,7 +121,7 @@ class BatchPlan:
             raise ConfigError("`corpora` must give at least one training cut, but give none")
         factors = repeats(corpora, config)
         used = [(i, corpus) for i, corpus in enumerate(corpora) if factors[i] > 0]
-        longest = max(int(corpus.samples.max()) for _, corpus in used) / SAMPLE_RATE
+        longest, self.longest = max((int(corpus.samples.max()) / SAMPLE_RATE, (i, int(corpus.samples.argmax()))) for i, corpus in used)
         if longest > config.max_batch_s:
             raise ConfigError(f"`max_batch_s` must be at least the longest cut, {longest:g} s, but is {config.max_batch_s:g}")
         self._buckets = _make_buckets(used, factors, config)

@@ -9,6 +9,7 @@ import numpy as np
 
 from spear.data.audio import Audio
 from spear.data.batches import BatchBuilder
+from spear.data.fbank import SAMPLE_RATE
 from spear.data.loader import ordered_loader
 from spear.data.mixing import Mixer, MixingConfig, NoiseDraw
 from spear.data.sampler import BatchPlan, Lengths, SamplingConfig, valid_batches
@@ -74,6 +75,12 @@ class TrainSource:
         """
         items = [self.readers[corpus][cut] for corpus, cut in self.plan.batch(g)]
         return self.builder(items, self.seed, g)
+
+    def largest(self) -> Batch:
+        """The longest cut as often as a batch may hold it: no batch takes more memory. It is no part of the stream."""
+        corpus, cut = self.plan.longest
+        item = self.readers[corpus][cut]
+        return self.builder([item] * max(1, int(self.sampling.max_batch_s * SAMPLE_RATE // len(item.audio))), self.seed, 0)
 
     def iterate(self, start: int, stride: int) -> Iterator[Batch]:
         """Yield batch(start), batch(start + stride), ... without end."""

@@ -144,6 +144,10 @@ class LabelledSource:
     def __len__(self) -> int:
         return len(self._source)
 
+    def largest(self) -> Batch:
+        """See `spear.data.source.TrainSource`."""
+        return self._label(self._source.largest())
+
     def iterate(self, first: int, second: int) -> Iterator[Batch]:
         """Yield the source's batches, labelled."""
         batches: Any = self._source.iterate(first, second)

@@ -25,6 +25,7 @@ from spear.training.metrics import Metrics, Stopwatch, peak_memory_gib
 from spear.training.parallel import recompute, spread
 from spear.training.precision import LossScale, autocast
 from spear.training.protocols import BatchSource, TrainBatch, TrainModule, ValidSource
+from spear.training.rehearsal import rehearse
 from spear.training.reports import Reports
 from spear.training.sharding import local, total_norm
 from spear.training.signals import StopSignals
@@ -114,6 +115,8 @@ class Trainer:
                     self.tracker.start(first)
                     stack.callback(self.tracker.close)
                 meter = stack.enter_context(Meter(self.title, self.config.max_steps - first, unit="updates")) if self.world.is_main else None
+                if self.device.type == "cuda":
+                    self.rehearse()
                 batches = self.train.iterate(first * self.world.size * self.config.accumulation + self.world.rank, self.world.size)
                 stack.callback(getattr(batches, "close", lambda: None))
                 self._loop(batches, stop, meter)
@@ -121,6 +124,28 @@ class Trainer:
         valid = last_record(self.folder / METRICS, "valid")
         last = checkpoint.checkpoint_path(self.folder, self.state.step)
         return TrainingResult(self.state.step, self.state.seconds / 3600, last, valid, self.state.flops_per_s * self.state.seconds)
+
+    def rehearse(self) -> None:
+        """Forward and backward with the largest batch, where the source names one; every process must call it.
+
+        Raises:
+            SpearError: it does not fit into the memory.
+        """
+        if not hasattr(self.train, "largest"):
+            return
+        batch = self.train.largest()
+        self.module.train()
+        self.hooks.set_batch_count(self.state.seconds / self.config.reference_s)
+
+        def update() -> None:
+            with self.parallel.sync(True):
+                with autocast(self.config.precision, self.device):
+                    loss = self.parallel.model(batch.to(self.device), self._generator("rehearsal")).loss
+                loss.backward()
+
+        rehearse(self.module, batch, update)
+        self.reports.take(self.device)
+        self.hooks.discard_step()
 
     def _loop(self, batches: Iterator[TrainBatch], stop: StopSignals, meter: Meter | None) -> None:
         self.module.train()

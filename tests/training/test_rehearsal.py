@@ -1,0 +1,78 @@
+"""The largest batch is tried before the first update and leaves no trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from spear.errors import SpearError
+from spear.training import World
+from tests.data.cuts import make_shards
+from tests.training.test_kills import STEPS, make_trainer, outcome, sources
+from tests.training.toy import ToySource, make_batch, read_outcome, toy_trainer
+
+
+class Largest(ToySource):
+    """Training batches of the toy, whose largest one is batch 3 three times over."""
+
+    asked = 0
+
+    def largest(self) -> object:
+        """Count and give it."""
+        self.asked += 1
+        return make_batch(3)
+
+
+def test_rehearsal_leaves_no_trace(tmp_path: Path) -> None:
+    toy_trainer(tmp_path / "plain").run()
+    source = Largest()
+    trainer = toy_trainer(tmp_path / "rehearsed", source)
+    torch.manual_seed(9)
+    expected = torch.rand(1)
+    torch.manual_seed(9)
+    trainer.rehearse()
+    assert source.asked == 1
+    assert torch.equal(torch.rand(1), expected)
+    assert all(p.grad is None for p in trainer.module.parameters())
+    trainer.run()
+    assert read_outcome(tmp_path / "rehearsed") == read_outcome(tmp_path / "plain")
+
+
+def test_rehearsal_of_a_student_leaves_no_trace(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "corpora", noise=2).data / "shards"
+    make_trainer(shards, tmp_path / "plain", World(), workers=0, die_at=-1).run()
+    trainer = make_trainer(shards, tmp_path / "rehearsed", World(), workers=0, die_at=-1)
+    deadly = trainer.train
+    trainer.train = sources(shards, 0)[0]
+    trainer.rehearse()
+    trainer.train = deadly
+    trainer.run()
+    assert trainer.state.step == STEPS
+    assert outcome(tmp_path / "rehearsed") == outcome(tmp_path / "plain")
+
+
+def test_rehearsal_names_the_batch_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = toy_trainer(tmp_path, Largest())
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(trainer.module, "forward", full)
+    with pytest.raises(SpearError, match=r"^the largest batch, 3 cuts and 2 s, does not fit into the memory \(lower `sampling.max_batch_s`, or"):
+        trainer.rehearse()
+
+
+def test_rehearsal_needs_a_source_that_names_its_largest_batch(tmp_path: Path) -> None:
+    toy_trainer(tmp_path).rehearse()
+
+
+def test_largest_batch_is_full_of_the_longest_cut(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "corpora", noise=2).data / "shards"
+    train, _ = sources(shards, 0)
+    longest = max(int(reader.samples.max()) for reader in train.readers)
+    batch = train.largest()
+    assert len(set(batch.ids)) == 1
+    assert batch.seconds == pytest.approx(len(batch.ids) * longest / 16000)
+    assert batch.seconds <= train.sampling.max_batch_s < batch.seconds + longest / 16000

@@ -1,9 +1,10 @@
 """Fit of MVQ by turns: codes for fixed centres, then better centres for fixed codes.
 
-Start: product k-means. Rounds: coordinate descent on perturbed centres (noise falls to zero, so that poor local optima are left),
-then the least-squares centres for the codes found; but for the last, they take turns on shares of the frames, where there are many.
-Epochs: Adam on the squared error of small batches, with a rate that falls to zero; its steps are noisy, and end in better optima than
-least squares does. Polish: the search that encoding will use, then least squares; the round with the lowest held-out loss is kept.
+Start: product k-means. Rounds: coordinate descent (beyond eight codebooks the merge search) on perturbed centres (noise falls to
+zero, so that poor local optima are left), then the least-squares centres for the codes found; but for the last, they take turns on
+shares of the frames, where there are many. Epochs: Adam on the squared error of small batches, with a rate that falls to zero; its
+steps are noisy, and end in better optima than least squares does. Polish: the search that encoding will use, then least squares. Of
+all rounds, the one with the lowest held-out loss is kept.
 In rounds and polishing, codes are looked for from the prediction, as encoding does: codes that follow from those of an earlier round
 come to rely on centres that the encoder cannot find. Between epochs they are kept, C numbers per frame, since a prediction would be
 stale after a few steps. The predictor is a linear discriminant analysis of the last codes, in closed form.
@@ -26,6 +27,7 @@ from spear.errors import ArtifactError
 from spear.files import read_tensors, seed_from, write_tensors
 from spear.progress import Meter
 from spear.quantizers.frame_source import UNIT_FRAMES, Draw, FrameSource, Sums
+from spear.quantizers.merge_search import Tables
 from spear.quantizers.mvq import MVQ
 from spear.quantizers.mvq_start import start_centers
 from spear.quantizers.mvq_statistics import Moments, Statistics
@@ -43,14 +45,16 @@ _MOMENTA = (0.9, 0.98)
 _EPSILON = 1e-9
 _REACH = 16.0
 _SCARCE_FRAMES = 50
+_SWEPT_CODEBOOKS = 8
 
 
 @dataclass(frozen=True)
 class Settings:
-    """rounds: with sweeps. sweeps: passes over the codebooks per round. epochs: of Adam. rate: of its first step, relative to the data's
-    standard deviation. polish_rounds: most rounds with the encoder's search. noise: initial standard deviation of the perturbation,
-    relative to a codebook's share of the data's. ridge: pull of a centre towards its last place, in frames; it rises where an entry has
-    fewer than 50, in proportion."""
+    """rounds: with sweeps. sweeps: passes over the codebooks per round; rounds of the merge search where there are more than eight.
+    epochs: of Adam. rate: of its first step, relative to the data's standard deviation. polish_rounds: most rounds with the encoder's
+    search. noise: initial standard deviation of the perturbation, relative to a codebook's share of the data's. ridge: pull of a centre
+    towards its last place, in frames; it rises where an entry has fewer than 50, in proportion.
+    """
 
     rounds: int
     sweeps: int
@@ -128,15 +132,13 @@ class _Fit:
         return _State.start(centers, *statistics.discriminants(self.moments))
 
     def advance(self, state: _State) -> None:
-        """The next round; from the last epoch on, the result is judged and the best is kept."""
+        """The next round; its result is judged and the best is kept."""
         settings = self.settings
         if state.made < settings.rounds or state.made >= settings.rounds + settings.epochs:
             self._alternate(state)
         else:
             self._descend(state)
         state.made += 1
-        if state.made < settings.rounds + settings.epochs and state.made < settings.last:
-            return
         loss = self._judge(state)
         if loss < state.best_loss:
             state.best_centers, state.best_weight, state.best_bias = state.centers, state.weight, state.bias
@@ -145,8 +147,8 @@ class _Fit:
 
     def done(self, state: _State) -> bool:
         """Whether all rounds are made, or polishing no longer helps."""
-        quiet = state.best_made > 0 and state.made - state.best_made >= _QUIET_ROUNDS
-        return state.made >= self.settings.last or quiet
+        polished = state.made - self.settings.rounds - self.settings.epochs
+        return state.made >= self.settings.last or (polished > 0 and state.made - state.best_made >= _QUIET_ROUNDS)
 
     def _guess(self, state: _State, frames: Tensor) -> Tensor:
         logits = torch.addmm(state.bias, frames, state.weight.T)
@@ -162,12 +164,17 @@ class _Fit:
         statistics = Statistics(self.sizes, self.source)
         for frames in self.source.units(state.made % step, step):
             costs, codes = frame_costs(tables, frames), self._guess(state, frames)
-            found = sweep(tables, costs, codes, settings.sweeps) if sweeping else refine(tables, costs, codes, _POLISH_ITERS)
+            found = self._sweep(tables, costs, codes) if sweeping else refine(tables, costs, codes, _POLISH_ITERS)
             statistics.add(frames, found)
         statistics.gather(self.source)
         pull = max(settings.ridge, _SCARCE_FRAMES * self.sizes[1] / len(self.source))
         state.centers = statistics.solve(state.centers, pull)
         state.weight, state.bias = statistics.discriminants(self.moments)
+
+    def _sweep(self, tables: Tables, costs: Tensor, codes: Tensor) -> Tensor:
+        """Codes of a round. Where codebooks are many, coordinate descent from the prediction ends far from what encoding finds."""
+        count = self.settings.sweeps
+        return sweep(tables, costs, codes, count) if self.sizes[0] <= _SWEPT_CODEBOOKS else refine(tables, costs, codes, count)
 
     def _perturbed(self, state: _State) -> Tensor:
         """Centres with noise that falls to zero over the rounds."""

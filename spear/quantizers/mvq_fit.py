@@ -41,7 +41,7 @@ class MVQConfig(QuantizerConfig):
     rounds: int = 8
     """alternating: rounds of coordinate descent and least squares."""
     sweeps: int = 1
-    """alternating: passes over the codebooks per round."""
+    """alternating: passes over the codebooks per round; beyond eight codebooks, rounds of the merge search."""
     epochs: int = 6
     """alternating: epochs of gradient steps on the centres, in batches of 128 C frames."""
     rate: float = 0.05

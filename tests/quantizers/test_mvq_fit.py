@@ -314,7 +314,7 @@ def test_mvq_fit_hands_its_search_to_the_quantizer() -> None:
 
 
 def test_alternating_fit_stops_early_and_keeps_the_best_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses, judged = iter([0.5, 0.4, 0.45, 0.3]), []
+    losses, judged = iter([0.9, 0.45, 0.7, 0.6, 0.55, 0.5, 0.4, 0.42, 0.3]), []
 
     def judge(fit: mvq_alternating._Fit, state: mvq_alternating._State) -> float:
         judged.append(state.centers)
@@ -323,5 +323,25 @@ def test_alternating_fit_stops_early_and_keeps_the_best_round(monkeypatch: pytes
     monkeypatch.setattr(mvq_alternating._Fit, "_judge", judge)
     train, heldout = clustered(800, 8), clustered(100, 8, seed=1)
     quantizer = MVQConfig(**{**SMALL, "polish_rounds": 9}).fit(train, heldout, seed=0)
-    assert len(judged) == 3
+    assert len(judged) == 3 + 3 + 2
+    assert torch.equal(quantizer.centers, judged[6])
+
+
+def test_alternating_fit_keeps_an_early_round_that_later_ones_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, judged = iter([0.5, 0.3, 0.6, 0.7, 0.8, 0.5, 0.4]), []
+
+    def judge(fit: mvq_alternating._Fit, state: mvq_alternating._State) -> float:
+        judged.append(state.centers)
+        return next(losses)
+
+    monkeypatch.setattr(mvq_alternating._Fit, "_judge", judge)
+    quantizer = MVQConfig(**SMALL).fit(clustered(800, 8), clustered(100, 8, seed=1), seed=0)
+    assert len(judged) == 7
     assert torch.equal(quantizer.centers, judged[1])
+
+
+def test_alternating_fit_of_many_codebooks_uses_the_merge_search() -> None:
+    train, heldout = clustered(1500, 12), clustered(200, 12, seed=1)
+    quantizer = MVQConfig(num_codebooks=16, codebook_size=4, rounds=2, epochs=1, polish_rounds=1).fit(train, heldout, seed=0)
+    fewer = MVQConfig(num_codebooks=8, codebook_size=4, rounds=2, epochs=1, polish_rounds=1).fit(train, heldout, seed=0)
+    assert relative_loss(quantizer, heldout) < relative_loss(fewer, heldout)

@@ -90,10 +90,15 @@ def test_compiled_layer_follows_schedules_and_draws_anew(monkeypatch: pytest.Mon
     always(monkeypatch)
     torch.testing.assert_close(outcome(compiled, 40, 2)[0], still[0])
     assert not torch.allclose(outcome(compiled, 40, 2)[1], still[1])
-    monkeypatch.undo()
-    set_batch_count(compiled, 0.0)  # many layers are skipped at the start of training
-    torch.manual_seed(1)
-    assert not torch.allclose(outcome(compiled, 40, 2)[0], still[0], atol=0.1)
+
+    def masks(shape: tuple[int, ...]) -> Tensor:
+        """What keeps everything at the rates of late training, and drops attention at those of its start."""
+        return torch.full(shape, 0.15 if shape else 0.999)
+
+    monkeypatch.setattr(chance, "torch", SimpleNamespace(rand=masks))
+    torch.testing.assert_close(outcome(compiled, 40, 2)[0], still[0])
+    set_batch_count(compiled, 0.0)
+    assert not torch.allclose(outcome(compiled, 40, 2)[0], still[0], atol=1e-2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 

@@ -134,6 +134,15 @@ def test_finetune_from_random_weights_takes_the_network_alone(place: Path, tmp_p
     assert not torch.equal(trained[name], start[name])
 
 
+def test_finetune_trains_a_student_that_reads_samples(place: Path, tmp_path: Path) -> None:
+    sizes = "conv_dim: 8, num_layers: 2, dim: 16, num_heads: 2, feedforward_dim: 16, position_layers: 1, position_groups: 2"
+    student = ("encoder.init_from=null", "encoder.student={type: conv_transformer, " + sizes + "}")
+    scores = run(place, "ctc", tmp_path / "exp", student)
+    assert (scores["encoder"], scores["updates"]) == ("random", 6)
+    (answer,) = load_finetuned(tmp_path / "exp" / "export")(torch.from_numpy(tone(0.7, hz=300.0)))
+    assert isinstance(answer, str)
+
+
 def test_finetune_max_train_cuts_hold_those_of_fewer(place: Path, tmp_path: Path) -> None:
     from spear.config import load_config
     from spear.data.corpora import CorporaConfig

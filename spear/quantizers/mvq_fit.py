@@ -44,7 +44,7 @@ class MVQConfig(QuantizerConfig):
     """alternating: passes over the codebooks per round; beyond eight codebooks, rounds of the merge search."""
     epochs: int = 6
     """alternating: epochs of gradient steps on the centres, in batches of 128 C frames."""
-    rate: float = 0.05
+    rate: float = 0.02
     """alternating: Adam's learning rate at the first step, relative to the data's standard deviation; it falls to zero."""
     polish_rounds: int = 3
     """alternating: most rounds with the encoder's own search, stopped early by the held-out loss."""

@@ -4,7 +4,8 @@
 
 - ``measured`` in every artifact.json: wall time, memory, GPU hours;
 - timing.jsonl and the event files in tensorboard/ of a run: times of day, speeds, memory;
-- report.html: it shows the wall time and memory of the evaluation itself.
+- report.html: it shows the wall time and memory of the evaluation itself;
+- speed/<model>.json: the seconds a model took.
 
 costs.json and the model card's README.md also carry wall times, but those of earlier stages, which come from the same finished folders here:
 they are compared.
@@ -33,7 +34,7 @@ from tests.data.cuts import save, tone
 from tests.processes import DIED, Changes, Processes
 from tests.road import MODELS, STAGES, TASKS, Outcome, Road, command, contents, make_read_only, make_road, mounted
 
-MEASURED = re.compile(r"timing\.jsonl|tensorboard(/.*)?|report\.html")
+MEASURED = re.compile(r"timing\.jsonl|tensorboard(/.*)?|report\.html|speed/\w+\.json")
 
 
 class Built:

@@ -64,8 +64,11 @@ def test_rehearsal_names_the_batch_that_does_not_fit(tmp_path: Path, monkeypatch
         trainer.rehearse()
 
 
-def test_rehearsal_needs_a_source_that_names_its_largest_batch(tmp_path: Path) -> None:
-    toy_trainer(tmp_path).rehearse()
+def test_rehearsal_runs_nothing_where_the_source_names_no_largest_batch(tmp_path: Path) -> None:
+    trainer, calls = toy_trainer(tmp_path), []
+    trainer.module.register_forward_hook(lambda *_: calls.append(1))
+    trainer.rehearse()
+    assert calls == []
 
 
 def test_largest_batch_is_full_of_the_longest_cut(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from spear.bounds import within
@@ -17,15 +17,14 @@ from spear.finetune.batch import LabelledBatch
 from spear.finetune.layers import LayerMix
 from spear.finetune.tasks.base import (
     FinetuneTaskConfig,
-    Head,
     Inventory,
     Prediction,
     classes_of,
     field_of,
     inverse_frequency,
-    masked_mean,
     sum_and_count,
 )
+from spear.finetune.tasks.linear import LinearHead
 from spear.types import StepOutput
 
 
@@ -72,22 +71,15 @@ class ClassificationConfig(FinetuneTaskConfig):
         return ClassificationHead(self, dim, mix, inventory["classes"])
 
 
-class ClassificationHead(Head):
+class ClassificationHead(LinearHead):
     """Mean over valid frames -> class scores."""
 
     metric = "accuracy"
     higher_is_better = True
 
     def __init__(self, config: ClassificationConfig, dim: int, mix: LayerMix, classes: Sequence[str]) -> None:
-        super().__init__(mix)
-        self.config, self.classes = config, list(classes)
-        self.dropout = nn.Dropout(config.dropout)
-        self.output = nn.Linear(dim, len(classes))
-
-    def scores(self, frames: Tensor, lens: Tensor) -> Tensor:
-        """(N, T, D) -> (N, K) float32 logits."""
-        logits: Tensor = self.output(self.dropout(masked_mean(frames, lens)))
-        return logits.float()
+        super().__init__(mix, dim, classes, config.dropout)
+        self.config = config
 
     def loss(self, frames: Tensor, lens: Tensor, batch: LabelledBatch) -> StepOutput:
         """See Head."""

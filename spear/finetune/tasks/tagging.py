@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from spear.bounds import within
@@ -18,15 +18,14 @@ from spear.finetune.batch import LabelledBatch
 from spear.finetune.layers import LayerMix
 from spear.finetune.tasks.base import (
     FinetuneTaskConfig,
-    Head,
     Inventory,
     Prediction,
     classes_of,
     field_of,
     inverse_frequency,
-    masked_mean,
     sum_and_count,
 )
+from spear.finetune.tasks.linear import LinearHead
 from spear.types import StepOutput
 
 
@@ -84,22 +83,15 @@ def many_hot(tags: set[str], classes: Sequence[str]) -> NDArray[np.float32]:
     return np.asarray([name in tags for name in classes], dtype=np.float32)
 
 
-class TaggingHead(Head):
+class TaggingHead(LinearHead):
     """Mean over valid frames -> one probability per tag."""
 
     metric = "mAP"
     higher_is_better = True
 
     def __init__(self, config: TaggingConfig, dim: int, mix: LayerMix, classes: Sequence[str]) -> None:
-        super().__init__(mix)
-        self.config, self.classes = config, list(classes)
-        self.dropout = nn.Dropout(config.dropout)
-        self.output = nn.Linear(dim, len(classes))
-
-    def scores(self, frames: Tensor, lens: Tensor) -> Tensor:
-        """(N, T, D) -> (N, K) float32 logits."""
-        logits: Tensor = self.output(self.dropout(masked_mean(frames, lens)))
-        return logits.float()
+        super().__init__(mix, dim, classes, config.dropout)
+        self.config = config
 
     def loss(self, frames: Tensor, lens: Tensor, batch: LabelledBatch) -> StepOutput:
         """See Head; binary cross-entropy, mean over tags."""

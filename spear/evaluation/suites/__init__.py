@@ -54,7 +54,7 @@ def load_suite(name: str) -> Suite:
         ConfigError: there is no such suite.
     """
     if name not in names():
-        raise ConfigError(f"`--suite` must be one of {', '.join(names())}{closest(name, names())}, but is {name!r}")
+        raise ConfigError(f"`--suite` must be one of {', '.join(names())}, but is {name!r}{closest(name, names())}")
     return load_config(Suite, FOLDER / f"{name}.yaml")
 
 

@@ -37,21 +37,21 @@ def prefix_beam(log_probs: NDArray[np.floating], beam: int, keep: float = -12.0)
         blank = float(frame[BLANK])
         new: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [NEVER, NEVER])
         for prefix, (ends_blank, ends_symbol) in beams.items():
-            whole = _add(ends_blank, ends_symbol)
-            new[prefix][0] = _add(new[prefix][0], whole + blank)
+            whole = log_add(ends_blank, ends_symbol)
+            new[prefix][0] = log_add(new[prefix][0], whole + blank)
             if prefix:
-                new[prefix][1] = _add(new[prefix][1], ends_symbol + float(frame[prefix[-1]]))
+                new[prefix][1] = log_add(new[prefix][1], ends_symbol + float(frame[prefix[-1]]))
             for symbol in tried:
                 before = ends_blank if prefix and prefix[-1] == symbol else whole
                 longer: tuple[int, ...] = (*prefix, symbol)
-                new[longer][1] = _add(new[longer][1], before + float(frame[symbol]))
-        best = sorted(new.items(), key=lambda item: (-_add(*item[1]), item[0]))[:beam]
+                new[longer][1] = log_add(new[longer][1], before + float(frame[symbol]))
+        best = sorted(new.items(), key=lambda item: (-log_add(*item[1]), item[0]))[:beam]
         beams = {prefix: (value[0], value[1]) for prefix, value in best}
-    best_prefix: tuple[int, ...] = max(beams, key=lambda prefix: _add(*beams[prefix]))
+    best_prefix: tuple[int, ...] = max(beams, key=lambda prefix: log_add(*beams[prefix]))
     return list(best_prefix)
 
 
-def _add(a: float, b: float) -> float:
+def log_add(a: float, b: float) -> float:
     """log(exp(a) + exp(b))."""
     high, low = (a, b) if a >= b else (b, a)
     return high if low == NEVER else high + math.log1p(math.exp(low - high))

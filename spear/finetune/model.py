@@ -42,28 +42,14 @@ class FinetuneModule(PretrainModule):
     def __init__(self, student: Student, head: Head, frozen_steps: int = 0) -> None:
         super().__init__(student, head)
         self.frozen_steps = frozen_steps
-        self.updates = 0
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> StepOutput:
         """See PretrainModule."""
-        frozen = self.training and self.updates < self.frozen_steps
+        frozen = self.training and self.step < self.frozen_steps
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             output = self.student(batch.features, batch.feature_lens, generator)
         result: StepOutput = self.objective(output, batch)
         return result
-
-    def after_step(self, step: int) -> None:
-        """See PretrainModule."""
-        self.updates = step
-        super().after_step(step)
-
-    def training_state(self) -> float:
-        """Updates done, for a checkpoint."""
-        return float(self.updates)
-
-    def load_training_state(self, value: float) -> None:
-        """Undo `training_state`."""
-        self.updates = int(value)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Prediction]:

@@ -21,10 +21,12 @@ from tests.export.tiny import tiny_encoder
 HZ = {"low": 300.0, "high": 2400.0}
 TASKS = {
     "ctc": "{type: ctc, dropout: 0.0}",
+    "rnnt": "{type: rnnt, predictor_dim: 16, joint_dim: 16, prune: 3, warmup_steps: 4, beam: 2}",
     "tagging": "{type: tagging, balance: true}",
     "classification": "{type: classification}",
     "verification": "{type: verification, dim: 8, hidden: 8}",
 }
+STOPPED: list[tuple[str, tuple[str, ...]]] = [("tagging", ("mixup.prob=0.5",)), ("rnnt", ())]
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +69,14 @@ def run(place: Path, task: str, exp: Path, overrides: tuple[str, ...] = (), **ch
 @pytest.mark.parametrize("task", TASKS)
 def test_finetune_trains_exports_and_scores(place: Path, tmp_path: Path, task: str) -> None:
     scores = run(place, task, tmp_path / "exp")
-    assert scores["metric"] == {"ctc": "WER", "tagging": "mAP", "classification": "accuracy", "verification": "EER"}[task]
+    assert scores["metric"] == {"ctc": "WER", "rnnt": "WER", "tagging": "mAP", "classification": "accuracy", "verification": "EER"}[task]
     assert (scores["split"], scores["train_cuts"], scores["updates"]) == ("test", 8, 6)
     assert 0 <= scores["value"] <= 2
     assert scores["metric"] in (tmp_path / "exp" / "report.md").read_text()
     assert read_json(tmp_path / "exp" / "artifact.json")["extra"]["value"] == scores["value"]
     model = load_finetuned(tmp_path / "exp" / "export")
     (answer,) = model(torch.from_numpy(tone(0.7, hz=300.0)))
-    assert isinstance(answer, str) if task == "ctc" else answer.shape == ((8,) if task == "verification" else (2,))
+    assert isinstance(answer, str) if task in ("ctc", "rnnt") else answer.shape == ((8,) if task == "verification" else (2,))
     assert load_encoder(tmp_path / "exp" / "export").dim == tiny_encoder().dim
 
 
@@ -94,10 +96,13 @@ def test_finetune_learns_to_tell_tones_apart(place: Path, tmp_path: Path) -> Non
     assert scores["value"] == 1.0
 
 
-def test_finetune_that_was_stopped_ends_in_the_same_weights(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("task", "settings"), STOPPED, ids=lambda value: value if isinstance(value, str) else "")
+def test_finetune_that_was_stopped_ends_in_the_same_weights(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, settings: tuple[str, ...]
+) -> None:
     for kind in ("whole", "parts"):
         (tmp_path / kind).mkdir()
-    run(place, "tagging", tmp_path / "whole" / "exp", ("mixup.prob=0.5",))
+    run(place, task, tmp_path / "whole" / "exp", settings)
 
     with monkeypatch.context() as patch:
         save_checkpoint = command.Trainer._save
@@ -109,8 +114,8 @@ def test_finetune_that_was_stopped_ends_in_the_same_weights(place: Path, tmp_pat
 
         patch.setattr(command.Trainer, "_save", save_then_stop)
         with pytest.raises(KeyboardInterrupt):
-            run(place, "tagging", tmp_path / "parts" / "exp", ("mixup.prob=0.5",))
-    run(place, "tagging", tmp_path / "parts" / "exp", ("mixup.prob=0.5",))
+            run(place, task, tmp_path / "parts" / "exp", settings)
+    run(place, task, tmp_path / "parts" / "exp", settings)
     for name in ("model.safetensors", "head.safetensors"):
         whole, parts = (read_tensors(tmp_path / kind / "exp" / "export" / name) for kind in ("whole", "parts"))
         assert all(torch.equal(whole[key], parts[key]) for key in whole)

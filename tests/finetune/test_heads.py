@@ -116,7 +116,7 @@ def test_frozen_start_gives_the_encoder_no_gradient_until_it_ends() -> None:
     assert network.objective.output.weight.grad is not None
     other = module(ClassificationConfig(), {"classes": ["a", "b"]}, frozen_steps=2)
     other.load_training_state(network.training_state())
-    assert other.updates == 1
+    assert other.step == 1
     network.after_step(2)
     network(labels, None).loss.backward()
     assert network.student.encoder.encoder_embed.out.weight.grad is not None

@@ -37,6 +37,7 @@ class FinetuneTaskConfig(Registry):
 
     TABLE: ClassVar[dict[str, str]] = {
         "ctc": "spear.finetune.tasks.ctc:CTCConfig",
+        "rnnt": "spear.finetune.tasks.rnnt:RNNTConfig",
         "tagging": "spear.finetune.tasks.tagging:TaggingConfig",
         "classification": "spear.finetune.tasks.classification:ClassificationConfig",
         "verification": "spear.finetune.tasks.verification:SpeakerConfig",

@@ -21,6 +21,7 @@ from spear.export.source import fingerprint_source
 from spear.files import read_tensors, seed_from, sha256_file, write_json
 from spear.finetune.batch import Example, LabelledSet, LabelledSource, Mixup, Reads
 from spear.finetune.config import FinetuneRecipe
+from spear.finetune.lora import merge_adapters
 from spear.finetune.model import FinetuneModule, make_module, save_finetuned, starting_encoder, starting_source
 from spear.finetune.results import write_results
 from spear.finetune.tasks.base import FinetuneTaskConfig, Inventory, Prediction
@@ -189,9 +190,10 @@ def _weights(recipe: FinetuneRecipe) -> ExportConfig:
 
 
 def _final_weights(run: FinetuneRun, module: FinetuneModule) -> str:
-    """Give the module the weights that are kept; says which they are."""
+    """Give the module the weights that are kept, adapters merged into them; says which they are."""
     choice = choose(run.exp, _weights(run.recipe))
     module.load_state_dict(averaged_weights(choice.end, choice.start) if choice.averaged else read_tensors(choice.end / MODEL))
+    merge_adapters(module.student.encoder)
     module.eval()
     return choice.text()
 

@@ -9,6 +9,7 @@ from spear.bounds import above, at_least, within
 from spear.data.corpora import ManifestsConfig
 from spear.data.sampler import SamplingConfig
 from spear.errors import ConfigError
+from spear.finetune.lora import LoRAConfig
 from spear.finetune.tasks import FinetuneTaskConfig
 from spear.models.base import StudentConfig
 from spear.models.masking import MaskConfig
@@ -31,6 +32,8 @@ class StartConfig:
     """First updates in which only the head learns."""
     layer_decay: float = 1.0
     """Each layer learns at this factor of the rate of the layer above it; 1 for one rate."""
+    lora: LoRAConfig | None = None
+    """Low-rank adapters: the encoder itself stays as it is, and the export is an ordinary one; null: the whole encoder learns."""
     layers: Literal["last", "weighted"] = "last"
     """What the head reads: the encoder's output, or a learned weighted sum of all layers."""
     schedule_offset: float | None = 20_000.0
@@ -43,6 +46,8 @@ class StartConfig:
         at_least("frozen_steps", self.frozen_steps, 0)
         within("layer_decay", self.layer_decay, 0, 1)
         above("layer_decay", self.layer_decay, 0)
+        if self.lora is not None and self.lr_scale == 0:
+            raise ConfigError("`lr_scale` must be above 0 where there is `lora`: it is the adapters' rate")
         if self.random and self.student is not None:
             raise ConfigError("`random` takes the network of `init_from`; with `student` the weights are random already")
 

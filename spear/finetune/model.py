@@ -19,6 +19,7 @@ from spear.export.weights import load_strictly
 from spear.files import read_json, read_tensors, seed_from, write_json, write_tensors
 from spear.finetune.config import StartConfig
 from spear.finetune.layers import LayerMix, set_rates
+from spear.finetune.lora import add_adapters
 from spear.finetune.tasks.base import FinetuneTaskConfig, Head, Inventory, Prediction
 from spear.models.base import Encoder, StudentConfig
 from spear.models.masking import MaskConfig
@@ -88,7 +89,14 @@ def starting_encoder(config: StartConfig, source: Source | None, seed: int) -> t
 def make_module(
     config: StartConfig, encoder: Encoder, masking: MaskConfig, task: FinetuneTaskConfig, inventory: Inventory, seed: int
 ) -> FinetuneModule:
-    """Wire encoder and head, with the learning rates and the frozen start of `config`."""
+    """Wire encoder and head, with the adapters, the learning rates and the frozen start of `config`.
+
+    Raises:
+        ConfigError: no layer of the encoder is one that `encoder.lora` asks for.
+    """
+    if config.lora is not None:
+        torch.manual_seed(seed_from(seed, "adapters"))
+        add_adapters(encoder, config.lora)
     set_rates(encoder, config.lr_scale, config.layer_decay)
     mix = LayerMix(encoder.dim, encoder.layer_dims, config.layers)
     torch.manual_seed(seed_from(seed, "head"))

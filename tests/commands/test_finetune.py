@@ -26,7 +26,7 @@ TASKS = {
     "classification": "{type: classification}",
     "verification": "{type: verification, dim: 8, hidden: 8}",
 }
-STOPPED: list[tuple[str, tuple[str, ...]]] = [("tagging", ("mixup.prob=0.5",)), ("rnnt", ())]
+STOPPED: list[tuple[str, tuple[str, ...]]] = [("tagging", ("mixup.prob=0.5",)), ("rnnt", ()), ("classification", ("encoder.lora={rank: 2}",))]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,17 @@ def test_finetune_that_was_stopped_ends_in_the_same_weights(
     for name in ("model.safetensors", "head.safetensors"):
         whole, parts = (read_tensors(tmp_path / kind / "exp" / "export" / name) for kind in ("whole", "parts"))
         assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_finetune_with_adapters_exports_an_ordinary_encoder(place: Path, tmp_path: Path) -> None:
+    run(place, "classification", tmp_path / "exp", ("encoder.lora={rank: 2}", "encoder.lr_scale=1.0"))
+    trained, start = (read_tensors(folder / "model.safetensors") for folder in (tmp_path / "exp" / "export", place / "encoder"))
+    assert trained.keys() == start.keys()
+    changed = {key for key in trained if not torch.equal(trained[key], start[key])}
+    assert any("feed_forward1.out_proj.weight" in key for key in changed)
+    assert all(int(torch.linalg.matrix_rank((trained[key] - start[key]).double(), rtol=1e-3)) <= 2 for key in changed)
+    (answer,) = load_finetuned(tmp_path / "exp" / "export")(torch.from_numpy(tone(0.7, hz=300.0)))
+    assert answer.shape == (2,)
 
 
 def test_finetune_does_nothing_when_finished_and_refuses_other_settings(place: Path, tmp_path: Path) -> None:

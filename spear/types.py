@@ -30,6 +30,27 @@ class TeacherOutput(NamedTuple):
     lens: Tensor
 
 
+class CodecCodebooks(NamedTuple):
+    """A neural codec's own residual codebooks, in the order of its codes.
+
+    The codebooks form chains, each of which starts from the frame itself; within a chain every codebook codes what those before it leave over.
+    A frame is rebuilt by adding up what all codebooks and chains give. E is the width within a chain, W that of an entry.
+
+    entries: (C, K, W). starts: the first codebook of each of G chains, from 0 on. measure: how the nearest entry is found, "squared"
+    or "distance" (Euclidean, rounded as EnCodec or as Mimi does) or "direction" (the angle).
+    chain_in, chain_out: (G, E, D) and (G, D, E), into each chain and back; None: E = D.
+    level_in, level_out: weight (C, W, E) and bias (C, W) into the space of each codebook, (C, E, W) and (C, E) back; None: W = E.
+    """
+
+    entries: Tensor
+    starts: tuple[int, ...]
+    measure: str
+    chain_in: Tensor | None = None
+    chain_out: Tensor | None = None
+    level_in: tuple[Tensor, Tensor] | None = None
+    level_out: tuple[Tensor, Tensor] | None = None
+
+
 class EncoderOutput(NamedTuple):
     """What an encoder hears.
 

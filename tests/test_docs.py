@@ -17,6 +17,9 @@ from spear.cli import _parser
 from spear.config import load_config, to_json
 from spear.data.corpora import CorporaConfig, CorpusConfig, SourceConfig
 from spear.evaluation.tasks.base import TaskConfig
+from spear.finetune.tasks import FinetuneTaskConfig
+from spear.finetune.tasks.ctc import CTCConfig
+from spear.finetune.tasks.speech import SpeechConfig
 from spear.objectives.masked_prediction import MaskedPredictionConfig
 from spear.recipe import Recipe, load_recipe
 from spear.registry import Registry
@@ -53,6 +56,7 @@ CONFIG_TABLES = {
         "spear.quantizers.product:ProductConfig",
         "spear.quantizers.random_projection:RandomProjectionConfig",
         "spear.quantizers.fsq:FSQConfig",
+        "spear.quantizers.codec:CodecConfig",
         "spear.quantizers.dmel:DMelConfig",
     ],
     "`tokens`": ["spear.teachers.extraction:TokensConfig"],
@@ -102,6 +106,17 @@ CONFIG_TABLES = {
         "spear.evaluation.tasks.abx:AbxConfig",
         "spear.evaluation.tasks.ctc:CtcConfig",
         "spear.evaluation.tasks.leakage:LeakageConfig",
+    ],
+    "Fine-tuning recipe": [
+        "spear.finetune.config:FinetuneRecipe",
+        "spear.finetune.config:StartConfig",
+        "spear.finetune.lora:LoRAConfig",
+        "spear.finetune.config:MixupConfig",
+        "spear.finetune.tasks.ctc:CTCConfig",
+        "spear.finetune.tasks.rnnt:RNNTConfig",
+        "spear.finetune.tasks.tagging:TaggingConfig",
+        "spear.finetune.tasks.classification:ClassificationConfig",
+        "spear.finetune.tasks.verification:SpeakerConfig",
     ],
     "Corpora file": [
         "spear.data.corpora:CorporaConfig",
@@ -251,7 +266,8 @@ def test_docs_tables_of_keys_are_the_dataclasses(section: str) -> None:
     for rows, target in zip(tables, targets):
         module, _, name = target.partition(":")
         config = getattr(importlib.import_module(module), name)
-        common = {item.name for item in fields(TaskConfig)} if issubclass(config, TaskConfig) and config is not TaskConfig else set()
+        bases = [base for base in (TaskConfig, SpeechConfig) if issubclass(config, base) and config not in (base, CTCConfig)]
+        common = {item.name for base in bases for item in fields(base)}
         own = {item.name: item for item in fields(config) if item.name not in common}
         assert [key for key, _ in rows] == list(own), name
         for key, shown in rows:
@@ -272,7 +288,7 @@ def test_docs_tables_cover_every_variant() -> None:
     listed = {target for targets in CONFIG_TABLES.values() for target in targets}
     families = [section_type(item.name) for item in fields(Recipe)]
     families = [family for family in families if isinstance(family, type) and issubclass(family, Registry)]
-    families += [TaskConfig, SourceConfig, get_type_hints(CorpusConfig)["source"]]
+    families += [TaskConfig, FinetuneTaskConfig, SourceConfig, get_type_hints(CorpusConfig)["source"]]
     missing = sorted({target for family in families for target in family.TABLE.values()} - listed)
     assert not missing
 

@@ -62,7 +62,7 @@ def compare_tokenizers(options: argparse.Namespace) -> str:
         teacher = config.build(run.data).to(default_device())
         sample = gather(run, options.teacher, teacher, options.cuts)
         shifts[name] = {change: round(frame_shift(sample.clean, sample.changed[change]), 4) for change in SAME_LENGTH}
-        configs = [item.recipe.quantizers[options.teacher] for item in runs]
+        configs = [item.recipe.quantizers[options.teacher].knowing(teacher.codebooks) for item in runs]
         for quantizer in track(configs, f"compare {name}", len(configs), unit="tokenizers"):
             rows += compare([quantizer], *sample, teacher=name, frame_rate_hz=teacher.frame_rate_hz, seed=run.recipe.seed)
             logger.info("compare: %s", ", ".join(f"{key} {value}" for key, value in rows[-1].items()))

@@ -256,7 +256,7 @@ def _check_first_frame(teacher: Teacher, found: Findings) -> None:
 
 
 def _spec(run: Run, name: str, teacher: Teacher) -> TokenSpec:
-    num_codebooks, codebook_size = run.recipe.quantizers[name].sizes(teacher.dim)
+    num_codebooks, codebook_size = run.recipe.quantizers[name].knowing(teacher.codebooks).sizes(teacher.dim)
     return TokenSpec(num_codebooks, codebook_size, teacher.frame_rate_hz, teacher.first_frame_s, teacher.fingerprint())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spear.files import read_json, read_tensors
 from spear.quantizers.base import CONFIG, WEIGHTS, Quantizer, QuantizerConfig, load_folder
+from spear.quantizers.codec import Codec
 from spear.quantizers.dmel import DMel
 from spear.quantizers.fsq import FSQ
 from spear.quantizers.kmeans import KMeans
@@ -14,9 +15,9 @@ from spear.quantizers.product import Product
 from spear.quantizers.random_projection import RandomProjection
 from spear.quantizers.residual import Residual
 
-__all__ = ["DMel", "FSQ", "KMeans", "MVQ", "Product", "Quantizer", "QuantizerConfig", "RandomProjection", "Residual", "load_quantizer"]
+__all__ = ["Codec", "DMel", "FSQ", "KMeans", "MVQ", "Product", "Quantizer", "QuantizerConfig", "RandomProjection", "Residual", "load_quantizer"]
 
-KINDS: dict[str, type[Quantizer]] = {kind.kind: kind for kind in (DMel, FSQ, KMeans, MVQ, Product, RandomProjection, Residual)}
+KINDS: dict[str, type[Quantizer]] = {kind.kind: kind for kind in (Codec, DMel, FSQ, KMeans, MVQ, Product, RandomProjection, Residual)}
 
 
 def load_quantizer(folder: str | Path) -> Quantizer:

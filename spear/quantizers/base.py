@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from spear.files import sha256, sha256_json, write_json, write_tensors
 from spear.quantizers.frame_source import FrameSource
 from spear.quantizers.normalize import Normalizer
 from spear.registry import Registry
+from spear.types import CodecCodebooks
 
 WEIGHTS, CONFIG = "quantizer.safetensors", "config.json"
 FORMAT_VERSION = 1
@@ -198,7 +200,17 @@ class QuantizerConfig(Registry):
         "random_projection": "spear.quantizers.random_projection:RandomProjectionConfig",
         "fsq": "spear.quantizers.fsq:FSQConfig",
         "dmel": "spear.quantizers.dmel:DMelConfig",
+        "codec": "spear.quantizers.codec:CodecConfig",
     }
+
+    def knowing(self, codebooks: Callable[[], CodecCodebooks]) -> QuantizerConfig:
+        """This config once its teacher is known, for `sizes` and the fits; most kinds ask nothing of a teacher and stay as they are.
+
+        Args:
+            codebooks: gives the teacher's own codebooks, ConfigError where it has none; called only by kinds that take them.
+        """
+        del codebooks
+        return self
 
     def sizes(self, dim: int) -> tuple[int, int]:
         """Codebooks C and entries K of what `fit` makes of frames of width `dim`, known before there are frames.

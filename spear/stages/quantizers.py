@@ -16,6 +16,7 @@ from spear.quantizers.card import card, write_card
 from spear.quantizers.frame_source import FrameSource
 from spear.stages.artifact import Artifact, fingerprint_of, read_artifact
 from spear.training import World, process_group
+from spear.types import CodecCodebooks
 
 if TYPE_CHECKING:
     from spear.recipe import Run
@@ -43,11 +44,12 @@ def _fit(run: Run, name: str, world: World) -> None:
     config = run.recipe.quantizers[name]
     seed = seed_from(run.recipe.seed, "quantizer", name)
     features, folder = run.data / "features" / name, run.data / "quantizers" / name
+    teacher = read_artifact(features)["inputs"]["teacher"]
     artifact = Artifact(
         folder,
         kind="quantizers",
         config={"quantizer": to_json(config, QuantizerConfig), "seed": seed},
-        inputs={"features": fingerprint_of(features), "teacher": read_artifact(features)["inputs"]["teacher"]},
+        inputs={"features": fingerprint_of(features), "teacher": teacher},
     )
     done = artifact.is_done()
     world.barrier()  # all have looked before one of them changes the folder
@@ -55,10 +57,11 @@ def _fit(run: Run, name: str, world: World) -> None:
         return
     source, heldout = open_frames(features, world)
     checkpoint = folder / CHECKPOINT
+    known = config.knowing(lambda: _codebooks(run, name, teacher))
 
     def fitted() -> Quantizer:
         try:
-            return config.fit_source(source, heldout, seed=seed, checkpoint=checkpoint)
+            return known.fit_source(source, heldout, seed=seed, checkpoint=checkpoint)
         except DataError as error:
             raise DataError(f"{features}: {error}", cause=error.cause) from error
 
@@ -75,6 +78,19 @@ def _fit(run: Run, name: str, world: World) -> None:
         record.counts = {"frames": len(source), "heldout_frames": len(heldout)}
         record.extra = {"relative_loss": found["relative_loss"], "quantizer": quantizer.fingerprint()}
     logger.info("quantizers: %s has a relative loss of %.4f at %g bits per frame", name, found["relative_loss"], found["bits_per_frame"])
+
+
+def _codebooks(run: Run, name: str, fingerprint: str) -> CodecCodebooks:
+    """The codebooks of the teacher that the features were made by.
+
+    Raises:
+        ArtifactError: the recipe's teacher is another one. ConfigError: it has no codebooks.
+    """
+    teacher = run.recipe.teachers[name].build(run.data)
+    if teacher.fingerprint() != fingerprint:
+        features = run.data / "features" / name
+        raise ArtifactError(f"{features} was made with another teacher than `teachers.{name}`: remove it and run `spear features` again")
+    return teacher.codebooks()
 
 
 def open_frames(folder: Path, world: World | None = None) -> tuple[FrameSource, Tensor]:

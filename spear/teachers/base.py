@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spear.errors import ConfigError, DataError
 from spear.files import sha256_json
 from spear.registry import Registry
-from spear.types import TeacherOutput
+from spear.types import CodecCodebooks, TeacherOutput
 
 PADDING_TOLERANCE = 1e-5
 """Largest difference, relative to the largest feature, that padding may make before a teacher counts as depending on it."""
@@ -89,6 +89,14 @@ class Teacher(nn.Module, abc.ABC):
     @abc.abstractmethod
     def encode(self, audio: Tensor, lens: Tensor) -> TeacherOutput:
         """Frames of a batch that needs no further care: (N, S) float32 zero past `lens`, equal lengths where padding matters."""
+
+    def codebooks(self) -> CodecCodebooks:
+        """The codebooks that the model itself codes these frames with, where it is a codec.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        raise ConfigError(f"a quantizer of `type` codec needs a teacher with codebooks of its own (EnCodec, DAC, Mimi), but {self.name} has none")
 
     def frozen(self) -> Teacher:
         """Self, in eval mode and without gradients."""

@@ -1,7 +1,8 @@
-"""Neural codecs as teachers: what the encoders of EnCodec, DAC and Mimi give before their own quantizers."""
+"""Neural codecs as teachers: what the encoders of EnCodec, DAC and Mimi give before their own quantizers, and the codebooks of those."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from spear.errors import ConfigError
 from spear.teachers.base import Teacher, resolve_layer
 from spear.teachers.huggingface import HuggingFaceConfig, Source, load_model
-from spear.types import TeacherOutput
+from spear.types import CodecCodebooks, TeacherOutput
 
 
 def causal_frames(samples: int, strides: list[int]) -> int:
@@ -35,6 +36,36 @@ def _encodec(model: Any, audio: Tensor) -> Tensor:
 
 def _mimi(model: Any, audio: Tensor) -> Tensor:
     return torch.as_tensor(model.encoder(audio).latents)
+
+
+def _encodec_books(model: Any) -> CodecCodebooks:
+    """One chain; arXiv:2210.13438, section 3.2."""
+    return CodecCodebooks(torch.stack([level.codebook.embed for level in model.quantizer.layers]), (0,), "squared")
+
+
+def _mimi_books(model: Any) -> CodecCodebooks:
+    """A semantic chain, then an acoustic one, each with its projections (arXiv:2410.00037, section 3.3.3)."""
+    chains = [model.quantizer.semantic_residual_vector_quantizer, model.quantizer.acoustic_residual_vector_quantizer]
+    chains = [chain for chain in chains if len(chain.layers)]
+    entries = torch.stack([level.codebook.embed for chain in chains for level in chain.layers])
+    starts = tuple(itertools.accumulate((len(chain.layers) for chain in chains[:-1]), initial=0))
+    if chains[0].input_proj is None:
+        return CodecCodebooks(entries, starts, "distance")
+    into, back = (torch.stack([getattr(chain, name).weight[:, :, 0] for chain in chains]) for name in ("input_proj", "output_proj"))
+    return CodecCodebooks(entries, starts, "distance", into, back)
+
+
+def _dac_books(model: Any) -> CodecCodebooks:
+    """One chain of factorised codebooks: each searches by angle in a space of its own (arXiv:2306.06546, section 3.2)."""
+    levels = list(model.quantizer.quantizers)
+    into, back = (
+        (torch.stack([part.weight[:, :, 0] for part in parts]), torch.stack([part.bias for part in parts]))
+        for parts in ([level.in_proj for level in levels], [level.out_proj for level in levels])
+    )
+    return CodecCodebooks(torch.stack([level.codebook.weight for level in levels]), (0,), "direction", level_in=into, level_out=back)
+
+
+BOOKS: dict[str, Callable[[Any], CodecCodebooks]] = {"encodec": _encodec_books, "mimi": _mimi_books, "dac": _dac_books}
 
 
 class CodecTeacher(Teacher):
@@ -67,6 +98,7 @@ class CodecTeacher(Teacher):
         self.model, self.strides, self.hop = model, strides, hop
         self.count = centred_frames if kind == "dac" else causal_frames
         self.run: Callable[[Any, Tensor], Tensor] = _mimi if kind == "mimi" else _encodec
+        self.books = BOOKS[kind]
 
     @staticmethod
     def check(name: str, kind: str, model: Any) -> None:
@@ -86,6 +118,10 @@ class CodecTeacher(Teacher):
     def num_frames(self, samples: int) -> int:
         """See Teacher.num_frames: ceil(S / hop); DAC: about floor(S / hop)."""
         return self.count(samples, self.strides) if samples >= self.hop else 0
+
+    def codebooks(self) -> CodecCodebooks:
+        """See Teacher.codebooks: all levels of the model's quantizer."""
+        return self.books(self.model)
 
     def encode(self, audio: Tensor, lens: Tensor) -> TeacherOutput:
         """See Teacher.encode; all items have the same length."""

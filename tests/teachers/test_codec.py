@@ -12,38 +12,16 @@ from spear.errors import ConfigError
 from spear.teachers import Teacher, extract
 from spear.teachers.codec import causal_frames, centred_frames
 from spear.teachers.huggingface import HuggingFaceConfig
+from tests.teachers.codecs import KINDS, save
 from tests.teachers.conftest import noise
 
 RATES = {"encodec": (24000, 75.0, 160 / 24000, 16), "mimi": (24000, 12.5, 0.04, 32), "dac": (16000, 16000 / 512, 256 / 16000, 64)}
-KINDS = tuple(RATES)
-
-
-def make(kind: str, **settings: Any) -> Any:
-    """A tiny random codec."""
-    import transformers as tf
-
-    torch.manual_seed(3)
-    small = {"num_filters": 4, "codebook_size": 16}
-    if kind == "encodec":
-        return tf.EncodecModel(tf.EncodecConfig(**{**small, "hidden_size": 16, "codebook_dim": 16, "num_lstm_layers": 1, **settings}))
-    if kind == "dac":
-        sizes = {"encoder_hidden_size": 4, "decoder_hidden_size": 32, "n_codebooks": 2, "codebook_size": 16, "codebook_dim": 4}
-        return tf.DacModel(tf.DacConfig(**{**sizes, "sampling_rate": 16000, **settings}))
-    transformer = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 32}
-    quantizer = {"codebook_dim": 8, "num_quantizers": 4, "vector_quantization_hidden_dimension": 8, "upsample_groups": 32}
-    return tf.MimiModel(tf.MimiConfig(**{**small, **transformer, **quantizer, "hidden_size": 32, **settings}))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("codecs")
-    for kind in KINDS:
-        model = make(kind)
-        for name, buffer in model.named_buffers():
-            if name.endswith(("embed", "embed_sum")):  # codebooks, zero in a new model
-                buffer.normal_(std=0.1)
-        model.save_pretrained(root / kind)
-    return {kind: root / kind for kind in KINDS}
+    return {kind: save(kind, root / kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +90,7 @@ def test_codec_does_not_depend_on_batch_mates(teachers: dict[str, Teacher], kind
 
 
 def test_codec_raises_config_error_when_it_is_stereo(tmp_path: Path) -> None:
-    make("encodec", audio_channels=2, normalize=True, chunk_length_s=1.0).save_pretrained(tmp_path)
+    save("encodec", tmp_path, audio_channels=2, normalize=True, chunk_length_s=1.0)
     with pytest.raises(ConfigError, match=r"`audio_channels` of a codec must be 1, but is 2"):
         HuggingFaceConfig(model=str(tmp_path)).build()
 

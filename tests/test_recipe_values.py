@@ -81,8 +81,8 @@ VALUES: dict[str, dict[str, Any]] = {
         "masking.time_prob": 0.4,
     },
     "encodecmae_base": {
+        "quantizers.codec.type": "codec",
         "quantizers.codec.num_codebooks": 8,
-        "quantizers.codec.codebook_size": 1024,
         "objective.alpha": 0.9,
         "masking.mode": "block",
         "masking.time_prob": 0.5,

@@ -46,6 +46,7 @@ CONFIG_TABLES = {
         "spear.teachers.redimnet:ReDimNetConfig",
         "spear.teachers.beats:BEATsConfig",
         "spear.teachers.atst:ATSTConfig",
+        "spear.teachers.dasheng_package:DashengConfig",
         "spear.teachers.python:PythonConfig",
     ],
     "`features`": ["spear.teachers.extraction:FeaturesConfig"],

@@ -40,6 +40,7 @@ OPTIONAL = {
     "onnxruntime": "there is no `spear export --format onnx`; install the extra [onnx]",
     "sentencepiece": "`spear finetune` has no `units: pieces`; install the extra [finetune]",
     "pyarrow": "`spear encode` writes no Parquet; install the extra [parquet]",
+    "dasheng": "there is no teacher `type: dasheng`; Dasheng of Hugging Face needs no package",
     "torchaudio": "nothing in spear; teachers that bring their own code may want it",
 }
 DISTRIBUTIONS = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "espeakng_loader": "espeakng-loader", "yaml": "PyYAML"}

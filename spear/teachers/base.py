@@ -33,6 +33,7 @@ class TeacherConfig(Registry):
         "redimnet": "spear.teachers.redimnet:ReDimNetConfig",
         "beats": "spear.teachers.beats:BEATsConfig",
         "atst": "spear.teachers.atst:ATSTConfig",
+        "dasheng": "spear.teachers.dasheng_package:DashengConfig",
         "python": "spear.teachers.python:PythonConfig",
         "logmel": "spear.teachers.logmel:LogMelConfig",
         "mfcc": "spear.teachers.logmel:MfccConfig",

@@ -111,7 +111,7 @@ class MVQ(Quantizer):
         key = (_version(self.centers), _version(self.centers_scale), self.centers.data_ptr(), self.centers.device)
         if self._tables is None or key != self._tables_of:
             with torch.no_grad():
-                self._tables, self._tables_of = make_tables(self.effective_centers()), key
+                self._tables, self._tables_of = make_tables(self.effective_centers(), overwrite=True), key
         return self._tables
 
     def search(self, frames: Tensor, refine_iters: int) -> Tensor:

@@ -158,7 +158,7 @@ class _Fit:
         """Codes by sweeps on perturbed centres or, after the epochs, by the encoder's search; then centres by least squares."""
         settings, sweeping = self.settings, state.made < self.settings.rounds
         early = sweeping and state.made + 1 < settings.rounds
-        step = max(1, self.source.num_units * UNIT_FRAMES // (_EARLY_FRAMES * state.bias.numel())) if early else 1
+        step = max(1, round(self.source.num_units * UNIT_FRAMES / (_EARLY_FRAMES * state.bias.numel()))) if early else 1
         step = min(step, self.source.num_units)
         tables = make_tables(self._perturbed(state) if sweeping else state.centers)
         statistics = Statistics(self.sizes, self.source)
@@ -168,7 +168,7 @@ class _Fit:
             statistics.add(frames, found)
         statistics.gather(self.source)
         pull = max(settings.ridge, _SCARCE_FRAMES * self.sizes[1] / len(self.source))
-        state.centers = statistics.solve(state.centers, pull)
+        state.centers = statistics.solve(state.centers, pull, self.moments)
         state.weight, state.bias = statistics.discriminants(self.moments)
 
     def _sweep(self, tables: Tables, costs: Tensor, codes: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,12 @@ class Moments:
         self.mean = sums.total(source) / len(source)
         self.covariance = squares.total(source) / len(source) - torch.outer(self.mean, self.mean)
         self.spread = float(self.covariance.diagonal().clamp(min=0.0).mean().sqrt())
+
+    @cached_property
+    def axes(self) -> tuple[Tensor, Tensor]:
+        """Variances (D,), rising, along the principal directions, the columns of (D, D); float64."""
+        variances, directions = torch.linalg.eigh(self.covariance)
+        return variances.clamp(min=0.0), directions
 
 
 class Statistics:
@@ -55,17 +63,43 @@ class Statistics:
         if self._pairs is not None:
             source.share(self._pairs)
 
-    def solve(self, previous: Tensor, ridge: float) -> Tensor:
+    def solve(self, previous: Tensor, ridge: float, moments: Moments | None = None) -> Tensor:
         """Centres (C, K, D) that minimise the squared error of the frames for their codes, plus ridge * |change from previous|^2.
 
-        Normal equations of the one-hot design matrix: counts of pairs on the left, sums of frames on the right, float64.
+        Normal equations of the one-hot design matrix: counts of pairs on the left, sums of frames on the right, float64. With the
+        frames' moments, what is found is then shrunk for the sake of other frames, see `_shrunk`.
         """
         if self._pairs is None:
             raise ValueError("the pairs of entries were not counted")
         matrix = self._pairs.double()
         matrix.diagonal().add_(ridge)
         right = (self.sums + ridge * previous.double()).flatten(0, 1)
-        return torch.cholesky_solve(right, torch.linalg.cholesky(matrix)).float().view(previous.shape)
+        factor = torch.linalg.cholesky(matrix)
+        centers = torch.cholesky_solve(right, factor)
+        if moments is not None:
+            identity = torch.eye(len(factor), dtype=factor.dtype)
+            inverse_trace = float(torch.linalg.solve_triangular(factor, identity, upper=False).square().sum())
+            centers = self._shrunk(centers, len(factor) - ridge * inverse_trace, moments)
+        return centers.float().view(previous.shape)
+
+    def _shrunk(self, centers: Tensor, freedom: float, moments: Moments) -> Tensor:
+        """Centres (C*K, D) drawn to the mean of their codebook, along each principal direction of the frames by a factor of its own.
+
+        With n frames, p = `freedom` less one per codebook, explained sum of squares E and variance v along a direction, the factor is
+        1 - p (n v - E) / (n - p) / E: James and Stein's, where p times the residual variance is what least squares fits by chance.
+        """
+        variances, directions = moments.axes
+        frames = float(self.counts[0].sum())
+        free = max(freedom - self.num, 0.0)
+        shares = (self.counts / frames)[..., None]
+        grouped = centers.view(self.num, self.size, -1)
+        middle = (shares * grouped).sum(dim=1, keepdim=True)
+        along = (grouped - middle).flatten(0, 1) @ directions
+        right = (self.sums - self.counts[..., None] * moments.mean).flatten(0, 1) @ directions
+        explained = (along * right).sum(dim=0).clamp(min=1e-30)
+        chance = free * (frames * variances - explained).clamp(min=0.0) / max(frames - free, 1.0)
+        factors = (1.0 - chance / explained).clamp(min=0.0)
+        return ((along * factors) @ directions.T).view_as(grouped).add(middle).flatten(0, 1)
 
     def discriminants(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Linear discriminant analysis of the codes of each codebook: weights (C*K, D) and biases (C*K,) of log-odds.

@@ -25,21 +25,22 @@ LIST_FRAMES = 96
 """Frames that torch searches together on a CPU; small enough that their lists stay in the cache."""
 
 
-def make_tables(centres: Tensor) -> Tables:
-    """Tables of effective centres (C, K, D), all float32.
+def make_tables(centres: Tensor, *, overwrite: bool = False) -> Tables:
+    """Tables of effective centres (C, K, D), all float32. overwrite: whether the centres may be shifted in place, which saves a copy.
 
     The shift to mean zero changes no distance and keeps the inner products free of cancellation.
     """
     num, size, _ = centres.shape
     means = centres.mean(dim=1)
-    flat = (centres - means[:, None]).flatten(0, 1).contiguous()
+    flat = (centres.sub_(means[:, None]) if overwrite else centres - means[:, None]).flatten(0, 1).contiguous()
+    norms = (flat * flat).sum(dim=1)  # before the large table, with which the products would be held at once
     cross = flat.new_zeros(num, num * size, size)
     blocks = cross.view(num, num, size, size)
     for column in range(1, num):
         before = column * size
         torch.mm(flat[:before], (2.0 * flat[before : before + size]).T, out=cross[column, :before])
         blocks[:column, column] = blocks[column, :column].transpose(1, 2)
-    return Tables(flat, means.sum(dim=0), cross, (flat * flat).sum(dim=1), size)
+    return Tables(flat, means.sum(dim=0), cross, norms, size)
 
 
 def frame_costs(tables: Tables, frames: Tensor) -> Tensor:

@@ -89,6 +89,38 @@ def test_solve_centers_is_the_least_squares_solution() -> None:
     torch.testing.assert_close(found.flatten(0, 1).double(), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_solve_shrinks_means_as_james_and_stein_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(8, (100, 1), generator=generator)
+    frames = 3.0 + 0.3 * codes + torch.randn(100, 1, generator=generator)
+    statistics, moments = statistics_of(frames, codes, 8)
+    found = statistics.solve(torch.zeros(1, 8, 1), 1e-9, moments)[0, :, 0]
+    means = torch.stack([frames[codes == k].mean() for k in range(8)])
+    explained = (means[codes[:, 0]] - frames.mean()).square().sum()
+    residual = (frames[:, 0] - means[codes[:, 0]]).square().sum()
+    factor = 1 - 7 * residual / (100 - 7) / explained
+    assert 0.3 < float(factor) < 0.95
+    torch.testing.assert_close(found, frames.mean() + factor * (means - frames.mean()), atol=1e-4, rtol=0)
+
+
+def test_solve_with_shrinkage_loses_less_on_other_frames() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(3, 16, 8, generator=generator) * torch.tensor([2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01])
+
+    def drawn(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.randint(16, (count, 3), generator=generator)
+        return sum(true[c][codes[:, c]] for c in range(3)) + torch.randn(count, 8, generator=generator), codes  # type: ignore[return-value]
+
+    (frames, codes), (others, other_codes) = drawn(300), drawn(2000)
+    statistics, moments = statistics_of(frames, codes, 16)
+
+    def loss(centers: torch.Tensor) -> float:
+        return float((sum(centers[c][other_codes[:, c]] for c in range(3)) - others).square().sum())
+
+    start = torch.zeros(3, 16, 8)
+    assert loss(statistics.solve(start, 1.0, moments)) < 0.95 * loss(statistics.solve(start, 1.0))
+
+
 def test_sweep_ends_where_no_single_change_helps() -> None:
     generator = torch.Generator().manual_seed(0)
     centres, frames = torch.randn(4, 16, 6, generator=generator), torch.randn(50, 6, generator=generator) * 2

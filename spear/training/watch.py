@@ -59,7 +59,8 @@ def speeds(wall: float, phases: Mapping[str, float], audio_s: float, steps: int,
 def count_flops(module: nn.Module, run: Callable[[], Any], seconds: float) -> float:
     """Operations of training per second of audio: those of one forward pass as torch counts products and convolutions, times `PASSES`.
 
-    Compiled loops of this package are not counted. The module runs in evaluation and is left as it was.
+    Compiled loops of this package are not counted. The module runs in evaluation, by plain code even where layers are compiled
+    (what torch counts with cannot be traced), and is left as it was.
 
     Args:
         module: put into evaluation meanwhile. run: its forward pass on a batch. seconds: of audio in that batch.
@@ -69,7 +70,7 @@ def count_flops(module: nn.Module, run: Callable[[], Any], seconds: float) -> fl
     module.eval()
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
             run()
     except (RuntimeError, NotImplementedError) as error:
         logger.warning("the operations of an update cannot be counted: %s", " ".join(str(error).split())[:200])

@@ -136,6 +136,14 @@ def _add_token_tools(commands: Any) -> None:
     tool.add_argument("--out", type=Path, metavar="DIR", help="also write the codes there, one stream per codebook")
     tool.add_argument("--format", choices=("text", "npz"), default="text", help="of the files in --out; default: text")
     tool.add_argument("--dedup", action="store_true", help="merge repeated codes of a stream and write their durations in frames")
+    tool = _add(commands, "convert", "codes from Lhotse Shar to a token store, or from a token store to Shar", _convert)
+    tool.add_argument("src", type=Path, metavar="SRC", help="folder of Shar, e.g. DATA/shards/<corpus>/<split>, or a token store")
+    tool.add_argument("out", type=Path, metavar="OUT", help="folder to write: a token store, or Shar in OUT/shar")
+    tool.add_argument("--field", metavar="NAME", help="of the codes in Shar; default: the only one that `spear shards` wrote")
+    tool.add_argument("--manifest", type=Path, metavar="CUTS", help="of a token store: its cuts, DATA/manifests/<corpus>_cuts_<split>.jsonl.gz")
+    tool.add_argument("--cuts", type=int, default=256, metavar="N", help="cuts in a block or shard; default: 256, as `spear tokens` has it")
+    tool.add_argument("--codebook-size", type=int, metavar="K", help="of codes in Shar that another program wrote")
+    tool.add_argument("--first-frame", type=float, metavar="S", help="centre of their first frame in seconds")
     tool = _add(commands, "compare", "the tokenizers of several recipes on the same audio: a table and a plot", _compare)
     tool.add_argument("recipes", nargs="+", type=Path, metavar="R.yaml", help="recipe whose quantizer of the teacher is compared")
     tool.add_argument("--teacher", required=True, metavar="NAME", help="name of the teacher in the recipes")
@@ -286,6 +294,12 @@ def _inspect(options: argparse.Namespace) -> None:
     from spear.commands.inspect_ import inspect_tokens
 
     inspect_tokens(options, print)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from spear.commands.convert import convert_tokens
+
+    convert_tokens(options)
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -132,6 +132,24 @@ def write_shard(folder: Path, number: int, cuts: Sequence[MonoCut], stores: Mapp
     }
 
 
+def write_token_shard(folder: Path, number: int, cuts: Sequence[MonoCut], field: str, store: Tokens, config: ShardsConfig) -> None:
+    """Write the cuts of one shard and their codes, without audio: the tar has the bytes of the one that `write_shard` writes.
+
+    Raises:
+        DataError: a cut has no codes, or they do not fit its duration.
+    """
+    tar, lines = _Tar(), []
+    for cut in cuts:
+        codes = np.ascontiguousarray(store[cut.id])
+        check_codes(cut.id, field, codes, cut.duration, store.spec, config)
+        array = _array(codes, store.spec.frame_rate_hz)
+        tar.add(cut.id, ".npy", _npy(codes), array.to_dict())
+        ready = fastcopy(cut, custom={**(cut.custom or {}), field: array})
+        lines.append((json.dumps(ready.to_dict(), ensure_ascii=False) + "\n").encode())
+    tar.write(shard_path(folder, field, number))
+    write_bytes(folder / f"cuts.{number:06d}.jsonl.gz", gzip.compress(b"".join(lines), mtime=0))
+
+
 def shard_path(folder: Path, field: str, number: int) -> Path:
     """The tar file of one field of one shard."""
     return folder / f"{field}.{number:06d}.tar"

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from torch.nn import functional as F
 
 FRAMES, SYMBOLS, VOCABULARY, ROWS = (9, 5, 7), (5, 2, 0), 6, 3
+MANY_FRAMES, MANY_SYMBOLS = (8, 8, 5, 7, 3, 8), (7, 3, 5, 1, 6, 0)
 LM_SCALE, AM_SCALE = 0.25, 0.1
 CONTEXT, DIM, HIDDEN, MOST = 2, 8, 12, 3
 
@@ -53,6 +54,11 @@ def losses(rng: np.random.Generator) -> dict[str, torch.Tensor]:
     pruned = draw(rng, n, frames, ROWS, VOCABULARY)
     keep("pruned", k2.rnnt_loss_pruned(pruned, labels, ranges, 0, boundary, reduction="none"), logits=pruned)
     found["pruned.ranges"] = ranges
+    px, py = (torch.from_numpy(rng.random(shape, dtype=np.float32)) for shape in ((6, 7, 9), (6, 8, 8)))
+    many = torch.zeros(6, 4, dtype=torch.int64)
+    many[:, 2], many[:, 3] = torch.tensor(MANY_SYMBOLS), torch.tensor(MANY_FRAMES)
+    found.update({"drawn.px": px, "drawn.py": py, "drawn.frames": many[:, 3].clone(), "drawn.symbols": many[:, 2].clone()})
+    found.update({f"drawn.ranges{rows}": k2.get_rnnt_prune_ranges(px, py, many, rows) for rows in (2, 3, 5)})
     return found
 
 

@@ -44,7 +44,10 @@ class Lens(NamedTuple):
 
 
 def sum_paths(lattice: Lattice, lens: Lens) -> Paths:
-    """Sum over all paths of each item, in float64; what lies behind its lens has no part in it."""
+    """Sum over all paths of each item, in float64; what lies behind its lens has no part in it.
+
+    Where a band leaves no path to the end, the total is `NEVER` and the shares are zero.
+    """
     return Paths(*_Sum.apply(*lattice, *lens))
 
 
@@ -61,7 +64,8 @@ class _Sum(torch.autograd.Function):
         beta = _backward(x, y, end)
         total = (alpha + y)[frames + said - 1, items, said]
         after = torch.where(end, 0.0, beta[1:, :, :-1])
-        shares = [_straight((alpha + edge + rest - total[:, None]).exp(), symbols.shape[2]) for edge, rest in ((x, beta[1:, :, 1:]), (y, after))]
+        whole = total.masked_fill(total == NEVER, 0.0)[:, None]
+        shares = [_straight((alpha + edge + rest - whole).exp(), symbols.shape[2]) for edge, rest in ((x, beta[1:, :, 1:]), (y, after))]
         found = total.to(symbols.dtype), shares[0].to(symbols.dtype), shares[1].to(symbols.dtype)
         ctx.save_for_backward(*found[1:])
         ctx.mark_non_differentiable(*found[1:])
@@ -159,7 +163,8 @@ def band(paths: Paths, lens: Lens, rows: int) -> Tensor:
     """The R = min(`rows`, S + 1) neighbouring rows of each frame through which most paths go (arXiv:2206.13236, section 3.3).
 
     A band that begins with row p holds the blanks of rows p to p + R - 1, less what comes into it by symbol p of this frame, which only
-    rows below can say. Beginnings never fall, rise by at most R - 1 a frame, and the last band holds the last row.
+    rows below can say. Beginnings start at row 0, never fall, rise by at most R - 1 a frame, and the last band holds the last row, wherever
+    that many frames can reach it.
 
     Args:
         paths: of a lattice without a band. rows: at least 2.
@@ -175,7 +180,7 @@ def band(paths: Paths, lens: Lens, rows: int) -> Tensor:
     begin = torch.where(time < lens.frames[:, None] - 1, held.argmax(dim=1), last)
     begin = _rising(begin)
     slack = (count - 1) * time
-    begin = (slack - _rising(slack - begin)).clamp(min=0)
+    begin = slack - _rising(slack - begin).clamp(min=0)
     return begin[..., None] + torch.arange(count, device=held.device)
 
 

@@ -16,7 +16,7 @@ from spear.finetune.batch import LabelledBatch
 from spear.finetune.layers import LayerMix
 from spear.finetune.tasks.rnnt import RNNTConfig, RNNTHead
 from spear.finetune.text import Characters
-from spear.finetune.transducer import Lattice, Lens, band, joint_lattice, simple_lattice, sum_paths, whole_range
+from spear.finetune.transducer import Lattice, Lens, Paths, band, joint_lattice, simple_lattice, sum_paths, whole_range
 from spear.finetune.transducer_search import beam_search, greedy_search
 
 GOLDEN = read_tensors(Path(__file__).with_name("rnnt.safetensors"))
@@ -69,6 +69,16 @@ def test_band_and_pruned_loss_are_those_of_k2() -> None:
     assert torch.equal(ranges, GOLDEN["pruned.ranges"].long())
     (logits,) = inputs("pruned", "logits")
     check("pruned", joint_lattice(logits, LABELS, ranges), LENS, logits=logits)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_band_of_drawn_shares_is_that_of_k2(rows: int) -> None:
+    """Shares of no lattice, so that every rule is needed."""
+    lens = Lens(GOLDEN["drawn.frames"].long(), GOLDEN["drawn.symbols"].long())
+    py = GOLDEN["drawn.py"]
+    found = band(Paths(py.new_zeros(len(py)), torch.nn.functional.pad(GOLDEN["drawn.px"][..., :-1], (0, 0, 0, 1)), py), lens, rows)
+    assert torch.equal(found, GOLDEN[f"drawn.ranges{rows}"].long())
+    assert bool((found[:, 0, 0] == 0).all())
 
 
 def enumerated(lattice: Lattice, frames: int, symbols: int) -> float:
@@ -193,12 +203,23 @@ def test_rnnt_loss_of_an_item_does_not_depend_on_its_batch() -> None:
     assert loss(slice(0, 2), 9, 4) == pytest.approx(loss(slice(0, 1), 9, 4) + loss(slice(1, 2), 5, 1), rel=1e-5)
 
 
+def test_rnnt_loss_leaves_out_texts_that_no_band_can_reach() -> None:
+    torch.manual_seed(0)
+    head = RNNTConfig(predictor_dim=8, joint_dim=8, prune=2).build(4, LayerMix(4, [4], "last"), {"tokenizer": Characters("ab").to_json()})
+    frames, labels, lens = torch.randn(2, 5, 4), torch.ones(2, 8, dtype=torch.int64), torch.tensor([5, 5])
+    out = head.loss(frames, lens, LabelledBatch(["x", "y"], ["", ""], frames, lens, 1.0, labels=labels, label_lens=torch.tensor([3, 8])))
+    out.loss.backward()
+    assert int(out.count) == 3
+    assert out.metrics["too_long"].tolist() == [1.0, 2.0]
+    assert all(parameter.grad is not None and bool(parameter.grad.isfinite().all()) for parameter in head.parameters())
+
+
 def test_rnnt_scales_move_over_the_warm_up() -> None:
     head = RNNTConfig(predictor_dim=8, joint_dim=8, warmup_steps=200).build(4, LayerMix(4, [4], "last"), {"tokenizer": Characters("a").to_json()})
     found = []
     for step in (0, 100, 200, 300):
         head.resume(step, None)  # type: ignore[arg-type]
-        found.append(head.scales())
+        found.append((head.scales()["simple"], head.scales()["pruned"]))
     assert found == [pytest.approx(pair) for pair in ((1.0, 0.1), (0.75, 0.55), (0.5, 1.0), (0.5, 1.0))]
 
 

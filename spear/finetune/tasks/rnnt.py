@@ -15,7 +15,7 @@ from spear.finetune.layers import LayerMix
 from spear.finetune.tasks.base import Inventory, sum_and_count
 from spear.finetune.tasks.speech import SpeechConfig, SpeechHead
 from spear.finetune.text import BLANK, Tokenizer, load_tokenizer
-from spear.finetune.transducer import Lens, band, joint_lattice, simple_lattice, sum_paths, whole_range
+from spear.finetune.transducer import NEVER, Lens, band, joint_lattice, simple_lattice, sum_paths, whole_range
 from spear.finetune.transducer_search import beam_search, greedy_search
 from spear.models.student import Student
 from spear.types import StepOutput
@@ -111,32 +111,36 @@ class RNNTHead(SpeechHead):
         return logits.float()
 
     def loss(self, frames: Tensor, lens: Tensor, batch: LabelledBatch) -> StepOutput:
-        """See Head; ``simple`` and ``pruned`` are the parts of the loss without their weights."""
+        """See Head; ``simple`` and ``pruned`` are the parts of the loss without their weights.
+
+        A text that no band of this width can reach within its frames has no loss, and is counted in ``too_long``.
+        """
         sizes, labels = Lens(lens, batch.label_lens), batch.labels.clamp(min=BLANK)
-        count = sizes.symbols.sum()
-        metrics: dict[str, Tensor] = {}
         heard = self.dropout(frames)
         text = self.predictor(F.pad(labels, (self.config.context, 0), value=BLANK))  # (N, S + 1, P)
-        ranges, simple = whole_range(labels, frames.shape[1]), frames.new_zeros(())
+        ranges, simple = whole_range(labels, frames.shape[1]), None
         if self.simple_am is not None and self.simple_lm is not None:
             scales = {"lm_scale": self.config.lm_scale, "am_scale": self.config.am_scale}
             paths = sum_paths(simple_lattice(self.simple_am(heard).float(), self.simple_lm(text).float(), labels, sizes, **scales), sizes)
-            ranges, simple = band(paths, sizes, self.config.prune), -paths.total.sum()
-            metrics["simple"] = sum_and_count(simple, count)
+            ranges, simple = band(paths, sizes, self.config.prune), -paths.total
         logits = self.joint(self.frame_proj(heard)[:, :, None], _rows(self.text_proj(text), ranges))
-        pruned = -sum_paths(joint_lattice(logits, labels, ranges), sizes).total.sum()
-        metrics["pruned"] = sum_and_count(pruned, count)
+        pruned = -sum_paths(joint_lattice(logits, labels, ranges), sizes).total
+        fits = pruned != -NEVER
+        count = (sizes.symbols * fits).sum()
+        parts = {name: torch.where(fits, part, 0.0).sum() for name, part in (("simple", simple), ("pruned", pruned)) if part is not None}
+        metrics = {"too_long": sum_and_count((~fits).sum(), len(fits)), **{name: sum_and_count(part, count) for name, part in parts.items()}}
         if not self.training:
             metrics["wer"] = self.word_errors(frames, lens, batch)
-        scale, pruned_scale = self.scales()
-        return StepOutput(scale * simple + pruned_scale * pruned, count, metrics)
+        weights = self.scales()
+        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return StepOutput(total, count, metrics)
 
-    def scales(self) -> tuple[float, float]:
-        """Weights of the simple and of the pruned loss after `updates` updates (as in icefall's recipes); 0 and 1 without pruning."""
+    def scales(self) -> dict[str, float]:
+        """Weights of the two losses after `updates` updates (as in icefall's recipes); 1 where nothing is pruned."""
         if not self.config.prune:
-            return 0.0, 1.0
+            return {"pruned": 1.0}
         done = min(1.0, self.updates / self.config.warmup_steps) if self.config.warmup_steps else 1.0
-        return 1.0 - done * (1.0 - self.config.simple_scale), 0.1 + 0.9 * done
+        return {"simple": 1.0 - done * (1.0 - self.config.simple_scale), "pruned": 0.1 + 0.9 * done}
 
     def symbols(self, frames: Tensor, lens: Tensor, beam: int) -> list[list[int]]:
         """See SpeechHead."""

@@ -3,13 +3,15 @@
     python tools/soak.py --recipe recipes/mini.yaml --corpora egs/mini/conf/corpora.yaml --data egs/mini/data --steps 100000
 
 The student has about 50 000 parameters. Every part of a run works as in a long one: reading, mixing, logging, validation, checkpoints, averaging.
-With `--minutes` the run is stopped by a signal, as a cluster would, after that time. Resident memory and open files are noted every 200 updates;
-the slope of memory is the least-squares line over the second half of the run, after caches have filled.
+With `--minutes` the run is stopped by a signal, as a cluster would, after that time. Resident memory, what the C library has handed out (a leak
+shows there; the rest of a growth is holes between blocks) and open files are noted every 200 updates; a slope is the least-squares line over
+the second half of the run, after caches have filled.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
 import signal
@@ -43,6 +45,26 @@ OVERRIDES = [
 ]
 
 
+class MallocInfo(ctypes.Structure):
+    """What `mallinfo2` of glibc 2.33 and later returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    ]
+
+
+def allocated_mb() -> float:
+    """MiB in blocks that the C library has handed out and not got back; nan where it does not tell."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        return float("nan")
+    mallinfo.restype = MallocInfo
+    info = mallinfo()
+    return float(info.uordblks + info.hblkhd) / 2**20
+
+
 class Watched:
     """Batches of `source`; notes memory and open files of this process, and sends it SIGTERM after `seconds`."""
 
@@ -50,6 +72,7 @@ class Watched:
         self.source, self.end, self.batches_per_epoch = source, time.monotonic() + seconds, source.batches_per_epoch
         self.steps: list[int] = []
         self.rss_mb: list[float] = []
+        self.allocated_mb: list[float] = []
         self.files: list[int] = []
 
     def iterate(self, start: int, stride: int) -> Iterator[TrainBatch]:
@@ -59,6 +82,7 @@ class Watched:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 self.steps.append(number)
                 self.rss_mb.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+                self.allocated_mb.append(allocated_mb())
                 self.files.append(len(os.listdir("/proc/self/fd")))
             if time.monotonic() > self.end:
                 self.end = float("inf")
@@ -87,15 +111,16 @@ def main() -> None:
         with suppress(StopRequested):
             trainer.run()
         took = time.monotonic() - start
-        steps, rss, files = np.array(watched.steps), np.array(watched.rss_mb), watched.files
-        half = len(steps) // 2
-        slope = 10_000 * float(np.polyfit(steps[half:], rss[half:], 1)[0])
+        files = watched.files
         kept = [step for step, _ in find_checkpoints(folder)]
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
         student = sum(p.numel() for name, p in trainer.module.named_parameters() if name.startswith("student."))
     print(f"student of {student} parameters, {trainer.state.step} updates, {trainer.state.seconds / 3600:.1f} h of audio, {took:.0f} s")
-    tenths = ", ".join(f"{value:.1f}" for value in rss[:: max(1, len(rss) // 10)])
-    print(f"resident memory, every tenth of the run: {tenths} MiB; slope over the second half: {slope:+.3f} MiB per 10 000 updates")
+    for what, values in (("resident memory", watched.rss_mb), ("allocated memory", watched.allocated_mb)):
+        half = len(values) // 2
+        slope = 10_000 * float(np.polyfit(watched.steps[half:], values[half:], 1)[0])
+        tenths = ", ".join(f"{value:.1f}" for value in values[:: max(1, len(values) // 10)])
+        print(f"{what}, every tenth of the run: {tenths} MiB; slope over the second half: {slope:+.3f} MiB per 10 000 updates")
     print(f"open files: {files[0]} at the start, {min(files[1:])} to {max(files[1:])} later")
     print(f"checkpoints at the end: {', '.join(map(str, kept))}; the folder holds {size:.1f} MiB")
 

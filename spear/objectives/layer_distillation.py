@@ -41,7 +41,8 @@ class LayerDistillationConfig(ObjectiveConfig):
     normalize: Literal["none", "frame"] = "none"
     """``frame``: every target frame is brought to zero mean and unit variance over its channels first."""
     align: Align = "index"
-    """``index`` pairs frames by number, ``time`` by the times of their centres."""
+    """``index`` pairs frames by number, ``time`` by the times of their centres; ``interpolate``: on the line between the frames before and after
+    the student frame's centre."""
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.layers) < 1 or len(set(self.layers)) < len(self.layers):
@@ -132,10 +133,15 @@ class LayerDistillation(Objective):
         metrics: dict[str, Tensor] = {}
         for name, spec in self.specs.items():
             weight = total.new_tensor([self.config.weights.get(domain, {}).get(name, 0.0) for domain in batch.domains])
-            index, valid = _places(self.maps[name], batch.target_lens[name], output.lens, num_frames)
-            valid = valid & (weight > 0)[:, None]  # (N, T)
+            targets, lens, places = batch.targets[name], batch.target_lens[name], self.maps[name]
+            index, valid = _places(places, lens, output.lens, num_frames)
+            after, there = _places(places, lens, output.lens, num_frames, upper=places.interpolated)
+            valid = valid & there & (weight > 0)[:, None]  # (N, T)
             item, frame = valid.nonzero(as_tuple=True)
-            found = batch.targets[name][item[:, None], index[frame]].float()  # (M, group, D)
+            found = targets[item[:, None], index[frame]].float()  # (M, group, D)
+            if places.interpolated:
+                share = places.share(num_frames).to(found.device)[frame]
+                found = torch.lerp(found, targets[item[:, None], after[frame]].float(), share[:, None, None])
             parts = found.unflatten(2, (spec.num_parts, -1)).transpose(1, 2)  # (M, parts, group, D / parts)
             l1, cosine = self._compare(name, output, item, frame, parts)
             loss = self.config.l1 * l1 - self.config.cosine * F.logsigmoid(cosine)  # (M, pairs)
@@ -189,9 +195,9 @@ def _head(dim: int, hidden: int, width: int) -> nn.Module:
     return nn.Linear(dim, width) if hidden == 0 else nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
-def _places(frames: FrameMap, lens: Tensor, student_lens: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
-    """Teacher frames (T, group) of every student frame, kept within bounds, and where all of them are there, (N, T)."""
-    index = frames.indices(num_frames).to(lens.device)
+def _places(frames: FrameMap, lens: Tensor, student_lens: Tensor, num_frames: int, *, upper: bool = False) -> tuple[Tensor, Tensor]:
+    """Teacher frames (T, group) of every student frame, kept within bounds, and where all of them are there, (N, T); `upper` as in `FrameMap`."""
+    index = frames.indices(num_frames, upper=upper).to(lens.device)
     valid = ((index >= 0) & (index < lens[:, None, None])).all(dim=2)
     valid = valid & (torch.arange(num_frames, device=lens.device) < student_lens[:, None])
     return index.clamp(0, max(0, int(lens.max()) - 1)), valid

@@ -32,7 +32,8 @@ class MaskedPredictionConfig(ObjectiveConfig):
     alpha: float = 0.5
     """Weight of masked frames; unmasked ones get 1 - alpha. 0.5 weighs all frames alike (the paper's best), 1 is HuBERT's rule."""
     align: Align = "index"
-    """``index`` pairs frames by number (the paper), ``time`` by the times of their centres."""
+    """``index`` pairs frames by number (the paper), ``time`` by the times of their centres. ``interpolate``: the tokens of the frames before and
+    after the student frame's centre both count, each by how near it is; frames of which one is not there have no target."""
     delay_frames: int = 0
     """Student frame t + delay predicts token frame t; look-ahead for streaming students."""
     balance: BalanceConfig = field(default_factory=FixedConfig)
@@ -92,7 +93,8 @@ class MaskedPrediction(Objective):
     For teacher k with codebooks 1..C and frame weight a = 2 (alpha m + (1 - alpha)(1 - m)), m = 1 on masked frames,
     the loss is the sum over cuts n and frames t of weights[domain_n][k] a_t mean_c CE(logits_c, token_c), and the count is
     the number of student frames with at least one target. In evaluation, where nothing is masked, a = 1.
-    Where a batch has second tokens (soft token mixing), CE is its mean over the two tokens with their probabilities.
+    Where a batch has second tokens (soft token mixing), or tokens of two frames count (``align: interpolate``), CE is its mean over the tokens
+    with their probabilities.
     """
 
     def __init__(self, config: MaskedPredictionConfig, encoder: Encoder, specs: dict[str, TokenSpec]) -> None:
@@ -143,16 +145,25 @@ class MaskedPrediction(Objective):
 
     def _terms(self, name: str, features: Tensor, batch: Batch, lens: Tensor, used: Tensor) -> _Terms:
         """Only valid frames reach the head; with none, the head still joins the graph so that DDP sees its gradient."""
-        num_frames = features.shape[1]
-        targets = align_tokens(batch.tokens[name], batch.token_lens[name], self.maps[name], lens, num_frames)
-        valid = (targets != IGNORE).all(dim=-1) & used[:, None]  # (N, T)
-        item = valid.nonzero()[:, 0]
+        frames, num_frames = self.maps[name], features.shape[1]
+
+        def aligned(tokens: Tensor, *, upper: bool = False) -> Tensor:
+            return align_tokens(tokens, batch.token_lens[name], frames, lens, num_frames, upper=upper)
+
+        sides = [aligned(batch.tokens[name], upper=upper) for upper in ((False, True) if frames.interpolated else (False,))]  # (N, T, C) each
+        valid = torch.stack([(side != IGNORE).all(dim=-1) for side in sides]).all(dim=0) & used[:, None]  # (N, T)
+        item, frame = valid.nonzero(as_tuple=True)
         logits = self.heads[name](features[valid][None])[0]  # (M, C, K)
+        seconds, share = None, None
         if name in batch.second and batch.second_share is not None:
-            second = align_tokens(batch.second[name], batch.token_lens[name], self.maps[name], lens, num_frames)[valid]
-            loss, correct = _two_points(logits, targets[valid], second, batch.second_share[item])
+            seconds, share = [aligned(batch.second[name], upper=upper)[valid] for upper in (False, True)[: len(sides)]], batch.second_share[item]
+        wanted = [side[valid] for side in sides]
+        if frames.interpolated:
+            loss, correct = _between(logits, wanted, frames.share(num_frames).to(logits.device)[frame], seconds, share)
+        elif seconds is not None and share is not None:
+            loss, correct = _two_points(logits, wanted[0], seconds[0], share)
         else:
-            loss, correct = _one_point(logits, targets[valid])
+            loss, correct = _one_point(logits, wanted[0])
         with torch.no_grad():
             dense = correct.new_zeros(*valid.shape, 2 + correct.shape[1])
             dense[valid] = torch.cat([torch.ones_like(loss)[:, None], loss[:, None], correct], dim=1)
@@ -200,3 +211,24 @@ def _two_points(logits: Tensor, wanted: Tensor, second: Tensor, share: Tensor) -
     loss = torch.lerp(losses[0], losses[1], share).mean(dim=1)
     guess = logits.detach().argmax(dim=-1)
     return loss, torch.lerp((guess == wanted).float(), (guess == second).float(), share)
+
+
+def _between(logits: Tensor, wanted: list[Tensor], later: Tensor, seconds: list[Tensor] | None, share: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `_one_point`, its mean where each token is drawn: the frame after a point with probability `later` (M,), else the one before it,
+    and of that frame the second token, where there is one, with probability `share` (M,).
+
+    Args:
+        wanted, seconds: tokens (M, C) of the frames before and after.
+    """
+    minus = -logits.log_softmax(dim=-1)
+    guess = logits.detach().argmax(dim=-1)
+    loss, correct = torch.zeros_like(minus[..., 0]), torch.zeros_like(minus[..., 0])
+    for side, (tokens, chance) in enumerate(zip(wanted, (1 - later, later))):
+        points = [(tokens, chance[:, None].expand(tokens.shape))]
+        if seconds is not None and share is not None:
+            second = torch.where(seconds[side] != IGNORE, share[:, None], 0.0)
+            points = [(tokens, points[0][1] * (1 - second)), (seconds[side].clamp(min=0), points[0][1] * second)]
+        for token, probability in points:
+            loss = loss + probability * minus.gather(-1, token[..., None])[..., 0]
+            correct = correct + probability * (guess == token)
+    return loss.mean(dim=1), correct.detach().float()

@@ -87,3 +87,31 @@ def test_frame_map_raises_config_error_when_a_rate_is_not_positive(rate: float) 
 def test_frame_map_raises_config_error_when_the_ratio_is_no_simple_fraction() -> None:
     with pytest.raises(ConfigError, match="must be a fraction"):
         frame_map(spec(50.0 * 3.14159265), 50.0, 0.0, "index")
+
+
+@pytest.mark.parametrize(
+    ("teacher_hz", "teacher_first", "student_hz", "student_first", "group"),
+    [(50, 0.0125, 50, 0.045, 1), (25, 0.02, 50, 0.045, 1), (75, 0.005, 50, 0.045, 2), (100, 0.005, 50, 0.04, 2), (12.5, 0.04, 50, 0.01, 1)],
+)
+def test_align_by_interpolation_puts_the_weighted_mean_of_two_frames_on_the_students_centre(
+    teacher_hz: float, teacher_first: float, student_hz: float, student_first: float, group: int
+) -> None:
+    frames = frame_map(spec(teacher_hz, teacher_first), student_hz, student_first, "interpolate")
+    lower, upper, share = frames.indices(20), frames.indices(20, upper=True), frames.share(20)
+    assert lower.shape == upper.shape == (20, group)
+    assert share.shape == (20,)
+    assert ((share >= 0) & (share < 1)).all()
+    assert torch.equal(upper - lower, (share > 0).long()[:, None].expand(20, group))  # the same frame where the point is its centre
+    times = [teacher_first + index.double() / teacher_hz for index in (lower, upper)]
+    points = torch.lerp(times[0], times[1], share.double()[:, None])  # (T, group)
+    wanted = student_first + torch.arange(20).double() / student_hz
+    torch.testing.assert_close(points.mean(dim=1), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(points.diff(dim=1), torch.full((20, group - 1), 1 / teacher_hz, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_wavlm_counts_three_to_five_eighths_by_interpolation() -> None:
+    frames = frame_map(spec(50.0, 0.0125), 50.0, 0.045, "interpolate")
+    assert frames.indices(3)[:, 0].tolist() == [1, 2, 3]  # 32.5 ms = 1.625 frames
+    assert frames.share(3).tolist() == [0.625] * 3
+    found = [align_tokens(tokens(4), torch.tensor([4]), frames, torch.tensor([5]), 5, upper=upper)[0, :, 0].tolist() for upper in (False, True)]
+    assert found == [[1, 2, 3, IGNORE, IGNORE], [2, 3, IGNORE, IGNORE, IGNORE]]

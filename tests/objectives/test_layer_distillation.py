@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -163,3 +164,16 @@ def test_layer_distillation_reads_frames_and_no_tokens() -> None:
     assert (config.labels("audio"), config.frames("audio"), config.frames("speech")) == ([], ["a", "b"], ["a"])
     with pytest.raises(ConfigError, match="domain 'noise' is not in the recipe's"):
         config.labels("noise")
+
+
+def test_layer_distillation_by_interpolation_predicts_points_on_the_line_between_two_frames() -> None:
+    """32.5 ms after the teacher's: student frame t lies between frames t + 1 and t + 2 of the teacher at 50 Hz, 5/8 of the way."""
+    weights = {"speech": {"a": 1.0}, "audio": {"a": 0.5}}
+    output, batch = data()
+    found = build(weights=weights, align="interpolate")(output, batch)
+    frames = batch.targets["a"]
+    points = 0.375 * frames[:, 1:-1] + 0.625 * frames[:, 2:]
+    moved = replace(batch, targets={**batch.targets, "a": points}, target_lens={**batch.target_lens, "a": batch.target_lens["a"] - 2})
+    expected = build(weights=weights)(output, moved)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert found.count == expected.count == 3 + 4

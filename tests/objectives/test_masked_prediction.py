@@ -258,3 +258,76 @@ def test_labels_raises_config_error_when_the_domain_is_unknown() -> None:
 def test_build_raises_config_error_when_a_teacher_has_no_tokens() -> None:
     with pytest.raises(ConfigError, match="teacher 'audio', for which there are no tokens"):
         MaskedPredictionConfig().build(Halve(), {"speech": SPECS["speech"]})
+
+
+def neighbours(tokens: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of tokens (N, T, C): those before and after the points between frames t - 1 and t, and how much each code counts, (N, T - 1, C, 8)."""
+    before, after = tokens[:, :-1], tokens[:, 1:]
+    spread = (1 - share) * nn.functional.one_hot(before.clamp(min=0), 8) + share * nn.functional.one_hot(after.clamp(min=0), 8)
+    return before, after, spread
+
+
+def test_interpolated_targets_are_the_two_frames_around_a_centre_by_their_distances() -> None:
+    """Student frame t is centred at 10 + 20 t ms: an eighth of a frame before frame t of the speech teacher (12.5 ms), so the frame before
+    counts 1/8 and that one 7/8; the first student frame lies before the first teacher frame and has no target."""
+    module, data, out = objective(align="interpolate", weights={"speech": {"speech": 1.0}}), batch(["speech", "speech"]), output()
+    features = out.features.requires_grad_()
+    step = module(out, data)
+    spread = neighbours(data.tokens["speech"], 0.875)[2]
+    logits = module.heads["speech"](features)[:, 1:]
+    expected = -(spread * logits.log_softmax(-1)).sum() / 3
+    torch.testing.assert_close(step.loss, expected)
+    assert step.count == 18
+    guess = logits.argmax(-1)
+    torch.testing.assert_close(
+        step.metrics["accuracy/speech/speech"], torch.stack([spread.gather(-1, guess[..., None]).sum() / 3, torch.tensor(18.0)])
+    )
+    wanted = torch.autograd.grad(expected, features)[0]
+    torch.testing.assert_close(torch.autograd.grad(step.loss, features)[0], wanted)
+    assert not wanted[:, 0].any()
+
+
+def test_interpolated_targets_of_a_slower_teacher_repeat_at_weights_of_their_own() -> None:
+    """Audio at 25 Hz from 20 ms on: student frame t lies at teacher frame t / 2 - 1/4, so weights are 3/4 (t even) and 1/4 (t odd)."""
+    module, data, out = objective(align="interpolate", weights={"audio": {"audio": 1.0}}), batch(["audio"]), output(n=1)
+    step = module(out, data)
+    minus = -module.heads["audio"](out.features).log_softmax(-1)[0]
+    total = torch.zeros(())
+    for t in range(1, 9):  # frame 0 has nothing before it; the fifth and last teacher frame is the later one of student frame 8
+        before, share = ((t // 2 - 1, 0.75), (t // 2, 0.25))[t % 2]
+        for frame, weight in ((before, 1 - share), (before + 1, share)):
+            total = total + weight * minus[t].gather(-1, data.tokens["audio"][0, frame][:, None]).mean()
+    torch.testing.assert_close(step.loss, total)
+    assert step.count == 8
+
+
+def test_interpolated_targets_on_the_centres_of_frames_are_those_by_time() -> None:
+    specs = {name: TokenSpec(spec.num_codebooks, 8, spec.frame_rate_hz, 0.01) for name, spec in SPECS.items()}
+    found = []
+    for align in ("time", "interpolate"):
+        torch.manual_seed(0)
+        module = MaskedPredictionConfig(align=align, weights={"speech": {"speech": 1.0}}).build(Halve(), specs)  # type: ignore[arg-type]
+        found.append(module(output(lens=[10, 6]), batch(["speech"] * 2)))
+    torch.testing.assert_close(found[1].loss, found[0].loss)
+    assert found[1].count == found[0].count == 16
+
+
+def test_interpolated_targets_are_mixed_with_second_tokens_frame_by_frame() -> None:
+    module, data, out = objective(align="interpolate", weights={"speech": {"speech": 1.0}}), batch(["speech", "speech"]), output()
+    data.second = {"speech": (data.tokens["speech"] + 3) % 8}
+    data.second["speech"][1, 4:] = IGNORE
+    data.second_share = torch.tensor([0.3, 0.6])
+    heard = torch.where(data.second["speech"] == IGNORE, 0.0, data.second_share[:, None, None])[..., None]  # (N, T, C, 1)
+    codes = (1 - heard) * nn.functional.one_hot(data.tokens["speech"], 8) + heard * nn.functional.one_hot(data.second["speech"].clamp(min=0), 8)
+    spread = 0.125 * codes[:, :-1] + 0.875 * codes[:, 1:]
+    expected = -(spread * module.heads["speech"](out.features)[:, 1:].log_softmax(-1)).sum() / 3
+    torch.testing.assert_close(module(out, data).loss, expected)
+
+
+def test_interpolated_targets_need_both_frames() -> None:
+    module, data, out = objective(align="interpolate", weights={"speech": {"speech": 1.0}}), batch(["speech", "speech"]), output(lens=[10, 7])
+    data.token_lens["speech"] = torch.tensor([6, 10])
+    step = module(out, data)
+    assert step.count == 5 + 6  # student frames 1 to 5, and 1 to 6
+    data.tokens["speech"][0, 6:] = 7 - data.tokens["speech"][0, 6:]
+    torch.testing.assert_close(module(out, data).loss, step.loss)

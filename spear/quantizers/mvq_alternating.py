@@ -3,14 +3,17 @@
 Start: product k-means. Rounds: coordinate descent (beyond eight codebooks the merge search) on perturbed centres (noise falls to
 zero, so that poor local optima are left), then the least-squares centres for the codes found; but for the last, they take turns on
 shares of the frames, where there are many. Epochs: Adam on the squared error of small batches, with a rate that falls to zero; its
-steps are noisy, and end in better optima than least squares does. Polish: the search that encoding will use, then least squares. Of
-all rounds, the one with the lowest held-out loss is kept.
+steps are noisy, and end in better optima than least squares does. Polish: the search that encoding will use, then least squares, on
+from the best of all rounds so far. Of all rounds, the one with the lowest held-out loss is kept.
+Least squares fits p centres to n frames p/n too well, most of all along directions that codes explain little of. So its centres are
+shrunk along each by what it explains by chance; without that, the held-out loss of 16 codebooks rises from round to round.
 In rounds and polishing, codes are looked for from the prediction, as encoding does: codes that follow from those of an earlier round
 come to rely on centres that the encoder cannot find. Between epochs they are kept, C numbers per frame, since a prediction would be
 stale after a few steps. The predictor is a linear discriminant analysis of the last codes, in closed form.
 
 Every step is a function of seed and frames, whatever the number of processes (see `spear.quantizers.frame_source`).
-Sources: local search quantisation with stochastic relaxation (Martinez et al., ECCV 2018); Adam (arXiv:1412.6980).
+Sources: local search quantisation with stochastic relaxation (Martinez et al., ECCV 2018); Adam (arXiv:1412.6980); shrinkage
+(James and Stein, Berkeley Symposium 1961).
 """
 
 from __future__ import annotations
@@ -132,8 +135,10 @@ class _Fit:
         return _State.start(centers, *statistics.discriminants(self.moments))
 
     def advance(self, state: _State) -> None:
-        """The next round; its result is judged and the best is kept."""
+        """The next round; its result is judged and the best is kept. Polishing goes on from the best so far."""
         settings = self.settings
+        if state.made == settings.rounds + settings.epochs:
+            state.centers, state.weight, state.bias = state.best_centers, state.best_weight, state.best_bias
         if state.made < settings.rounds or state.made >= settings.rounds + settings.epochs:
             self._alternate(state)
         else:

@@ -42,7 +42,7 @@ class MVQConfig(QuantizerConfig):
     """alternating: rounds of coordinate descent and least squares."""
     sweeps: int = 1
     """alternating: passes over the codebooks per round; beyond eight codebooks, rounds of the merge search."""
-    epochs: int = 6
+    epochs: int = 3
     """alternating: epochs of gradient steps on the centres, in batches of 128 C frames."""
     rate: float = 0.02
     """alternating: Adam's learning rate at the first step, relative to the data's standard deviation; it falls to zero."""

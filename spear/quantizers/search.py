@@ -33,7 +33,7 @@ def make_tables(centres: Tensor, *, overwrite: bool = False) -> Tables:
     num, size, _ = centres.shape
     means = centres.mean(dim=1)
     flat = (centres.sub_(means[:, None]) if overwrite else centres - means[:, None]).flatten(0, 1).contiguous()
-    norms = (flat * flat).sum(dim=1)  # before the large table, with which the products would be held at once
+    norms = torch.cat([(rows * rows).sum(dim=1) for rows in flat.split(size)])  # one codebook at a time takes less memory
     cross = flat.new_zeros(num, num * size, size)
     blocks = cross.view(num, num, size, size)
     for column in range(1, num):

@@ -372,6 +372,25 @@ def test_alternating_fit_keeps_an_early_round_that_later_ones_do_not_reach(monke
     assert torch.equal(quantizer.centers, judged[1])
 
 
+def test_alternating_fit_polishes_the_best_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, judged, polished = iter([0.5, 0.3, 0.6, 0.7, 0.8, 0.5, 0.2, 0.4]), [], []
+
+    def judge(fit: mvq_alternating._Fit, state: mvq_alternating._State) -> float:
+        judged.append(state.centers)
+        return next(losses)
+
+    solve = Statistics.solve
+
+    def noted(statistics: Statistics, previous: torch.Tensor, *rest: Any) -> torch.Tensor:
+        polished.append(previous)
+        return solve(statistics, previous, *rest)
+
+    monkeypatch.setattr(mvq_alternating._Fit, "_judge", judge)
+    monkeypatch.setattr(Statistics, "solve", noted)
+    MVQConfig(**SMALL).fit(clustered(800, 8), clustered(100, 8, seed=1), seed=0)
+    assert [id(centers) for centers in polished[3:]] == [id(judged[1]), id(judged[6])]
+
+
 def test_alternating_fit_of_many_codebooks_uses_the_merge_search() -> None:
     train, heldout = clustered(1500, 12), clustered(200, 12, seed=1)
     quantizer = MVQConfig(num_codebooks=16, codebook_size=4, rounds=2, epochs=1, polish_rounds=1).fit(train, heldout, seed=0)

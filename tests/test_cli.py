@@ -16,7 +16,10 @@ def test_cli_stages_are_the_stages_in_order() -> None:
     assert tuple(STAGES) == ORDER
 
 
-@pytest.mark.parametrize("command", [*STAGES, "preflight", "doctor", "import", "encode", "tokenize", "inspect", "compare", "report", "explore"])
+@pytest.mark.parametrize(
+    "command",
+    [*STAGES, "preflight", "doctor", "import", "encode", "tokenize", "inspect", "compare", "report", "explore", "finetune", "sherpa", "push"],
+)
 def test_cli_help_names_the_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -50,7 +50,8 @@ def write_recognizer(folder: Path, model: FinetunedModel, precisions: Sequence[s
     """
     require_onnx()
     if not isinstance(model.head, CTCHead) or model.head.mix.weights is not None:
-        raise CheckpointError("sherpa-onnx takes models of task ctc with `encoder.layers: last`, but this one is another")
+        kind, layers = model.task.get_choice_name(type(model.task)), "last" if model.head.mix.weights is None else "weighted"
+        raise CheckpointError(f"`spear sherpa` writes models of task ctc with `encoder.layers: last`, but this one is of task {kind} with `{layers}`")
     module = RecordableRecognizer(model).eval()
     whole = to_onnx(encoder_parts(model.encoder, module, INPUTS, OUTPUTS))
     facts: dict[str, str | int] = {**metadata(model.encoder), "model_type": "zipformer2_ctc", "model_author": "spear", "comment": "CTC"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spear.cli import main
 from spear.commands.push import names_licence, push, with_scores
 from spear.errors import CheckpointError, ConfigError
 from spear.export import load_encoder, save_encoder
@@ -44,6 +45,28 @@ def test_push_dry_run_writes_a_folder_that_loads(export: Path, tmp_path: Path) -
     audio = tone(9000)
     with torch.no_grad():
         torch.testing.assert_close(load_encoder(tmp_path / "out")(audio).features, tiny_encoder()(audio).features)
+
+
+def test_push_command_writes_what_would_be_sent(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    licence = tmp_path / "licence.txt"
+    licence.write_text("All may use it.\n")
+    out = tmp_path / "out"
+    assert main(["push", str(export), "me/small", "--dry-run", str(out), "--licence-file", str(licence)]) == 0
+    count = len(list(out.iterdir()))
+    assert capsys.readouterr().out == f"{out}: {count} files, as they would go to me/small; nothing was sent\n"
+    assert {"LICENSE", "README.md", "SHA256SUMS", "config.json", "model.safetensors"} <= {path.name for path in out.iterdir()}
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, check=False).returncode == 0
+
+
+def test_push_command_exits_1_with_one_line_when_the_card_names_no_licence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = tiny_encoder()
+    save_encoder(tmp_path / "export", encoder.encoder, encoder.student, {"name": "small"})
+    assert main(["push", str(tmp_path / "export"), "me/small", "--dry-run", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("spear: error: ")
+    assert "names no licence: set `export.licence`" in line
+    assert not (tmp_path / "out").exists()
+    assert main(["push", str(tmp_path / "export"), "me/small", "--dry-run", str(tmp_path / "out"), "--force"]) == 0
 
 
 def test_push_sums_are_those_of_every_file(export: Path, tmp_path: Path) -> None:

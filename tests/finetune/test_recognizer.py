@@ -57,7 +57,7 @@ def test_recordable_recognizer_gives_the_log_probabilities_of_the_head() -> None
 
 
 def test_write_recognizer_refuses_other_tasks(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="takes models of task ctc with `encoder.layers: last`, but this one is another"):
+    with pytest.raises(CheckpointError, match="writes models of task ctc with `encoder.layers: last`, but this one is of task tagging with `last`"):
         write_recognizer(tmp_path, model(TaggingConfig(), ["a;b", "c"]))
 
 

@@ -133,12 +133,13 @@ def simple_lattice(am: Tensor, lm: Tensor, labels: Tensor, lens: Lens, *, lm_sca
     distribution of `lm` over the batch (section 3.2).
 
     Args:
-        am: (N, T, V) from the frames. lm: (N, S + 1, V) from the symbols before. labels: (N, S), anything at padding.
+        am: (N, T, V) float32 from the frames. lm: (N, S + 1, V) from the symbols before. labels: (N, S), anything at padding.
     """
     am_max, lm_max = am.amax(dim=2, keepdim=True), lm.amax(dim=2, keepdim=True)
     am_probs, lm_probs = (am - am_max).exp(), (lm - lm_max).exp()
     tiny = torch.finfo(am.dtype).tiny
-    norm = ((lm_probs @ am_probs.transpose(1, 2)) + tiny).log() + lm_max + am_max.transpose(1, 2)  # (N, S + 1, T)
+    with torch.autocast(am.device.type, enabled=False):
+        norm = ((lm_probs @ am_probs.transpose(1, 2)) + tiny).log() + lm_max + am_max.transpose(1, 2)  # (N, S + 1, T)
     following = F.pad(labels.clamp(min=0), (0, 1), value=BLANK)  # (N, S + 1)
     am_edges = am.gather(2, following[:, None].expand(-1, am.shape[1], -1)).transpose(1, 2), am[..., BLANK][:, None]
     lm_edges = lm.gather(2, following[..., None]), lm[..., BLANK][..., None]
@@ -148,7 +149,7 @@ def simple_lattice(am: Tensor, lm: Tensor, labels: Tensor, lens: Lens, *, lm_sca
     if am_scale:
         valid = torch.arange(lm.shape[1], device=lm.device) <= lens.symbols[:, None]
         mean = lm.softmax(dim=2)[valid].mean(dim=0) + tiny  # (V,)
-        am_norm = ((am_probs @ mean).log() + am_max.squeeze(2))[:, None]  # (N, 1, T)
+        am_norm = ((am_probs * mean).sum(dim=2).log() + am_max.squeeze(2))[:, None]  # (N, 1, T)
         prior = mean.log()
         edges = [edge + am_scale * (a + b - am_norm) for edge, a, b in zip(edges, am_edges, (prior[following][..., None], prior[BLANK]))]
     return Lattice(*(edge.expand(-1, lm.shape[1], am.shape[1]) for edge in edges))

@@ -56,6 +56,13 @@ def test_smoothed_loss_and_its_shares_of_paths_are_those_of_k2() -> None:
     torch.testing.assert_close(paths.blanks, GOLDEN["smoothed.py_grad"], rtol=1e-4, atol=2e-6)
 
 
+def test_simple_loss_is_exact_under_autocast() -> None:
+    am, lm = inputs("simple", "am", "lm")
+    with torch.autocast("cpu", torch.bfloat16):
+        lattice = simple_lattice(am, lm, LABELS, LENS, lm_scale=0.0, am_scale=0.0)
+    check("simple", lattice, LENS, am=am, lm=lm)
+
+
 def test_smoothed_loss_with_a_mean_over_the_batch_is_that_of_k2() -> None:
     am, lm = inputs("both_scales", "am", "lm")
     whole = Lens(torch.full((len(LABELS),), am.shape[1]), torch.full((len(LABELS),), LABELS.shape[1]))

@@ -15,6 +15,7 @@ import soundfile
 from spear.data.audio import load_audio
 from spear.data.sources import CutsSource
 from spear.errors import DataError
+from spear.recipe import load_recipe
 
 SPEAKERS = ("ann", "bob")
 
@@ -93,6 +94,13 @@ def test_main_prepares_both_sets_and_a_second_run_does_nothing(
     with caplog.at_level(logging.INFO):
         assert run(prepare, monkeypatch, *arguments) == 0
     assert caplog.text.count("nothing to do") == 2
+
+
+def test_recipe_asks_for_tiers_and_labels_that_the_corpora_have() -> None:
+    tasks = load_recipe(Path(__file__).parents[2] / "recipes" / "fsdd_esc50.yaml").evaluation.tasks
+    assert {getattr(task, "tier", "word") for task in tasks.values()} == {"word"}
+    assert {getattr(task, "label", "label") for task in tasks.values()} == {"label", "speaker"}
+    assert set(tasks) == {"digits", "speakers", "events"}
 
 
 def test_join_puts_each_digit_where_its_interval_says(prepare: ModuleType, fsdd: Path) -> None:

@@ -17,7 +17,7 @@ from spear.config import load_config, to_json
 from spear.data.corpora import CorporaConfig, CorpusConfig
 from spear.errors import DataError
 from spear.export.config import ExportConfig
-from spear.export.source import fingerprint_source
+from spear.export.source import Source, fingerprint_source
 from spear.files import read_tensors, seed_from, sha256_file, write_json
 from spear.finetune.batch import Example, LabelledSet, LabelledSource, Mixup, Reads
 from spear.finetune.config import FinetuneRecipe
@@ -25,6 +25,7 @@ from spear.finetune.lora import merge_adapters
 from spear.finetune.model import FinetuneModule, make_module, save_finetuned, starting_encoder, starting_source
 from spear.finetune.results import write_results
 from spear.finetune.tasks.base import FinetuneTaskConfig, Inventory, Prediction
+from spear.models.base import StudentConfig
 from spear.models.zipformer.compiled import compile_layers
 from spear.stages import manifests
 from spear.stages.artifact import Artifact, Record
@@ -97,12 +98,14 @@ def finetune(recipe: Path, corpora: Path, data: Path, exp: Path, overrides: Sequ
             return
         with artifact.making(world.size) if world.is_main else nullcontext(Record()) as record:
             labelled = read_labelled(run)
-            encoder, student = starting_encoder(run.recipe.encoder, source, run.recipe.seed)
-            module = make_module(run.recipe.encoder, encoder, run.recipe.masking, run.recipe.task, labelled.inventory, run.recipe.seed)
+            module, _ = _make(run, source, labelled.inventory)
             if run.recipe.training.compile:
-                compile_layers(encoder)
+                compile_layers(module.student.encoder)
             result = _train(run, module, labelled, artifact.fingerprint, world)
             if world.is_main:
+                device = next(module.parameters()).device
+                module, student = _make(run, source, labelled.inventory)  # what was trained may hold a part of the weights only
+                module.to(device)
                 weights = _final_weights(run, module)
                 facts = _facts(run, labelled, result, weights)
                 info = {"name": run.recipe.name or exp.resolve().name, "checkpoint": {"step": result.steps, "weights": weights}}
@@ -158,6 +161,13 @@ def _with_labels(run: FinetuneRun, split: str, *, needed: bool = True) -> list[t
 def _examples(task: FinetuneTaskConfig, items: Sequence[tuple[int, Cut, str]], inventory: Inventory) -> list[Example]:
     encoded = [(corpus, cut, task.encode(label, inventory)) for corpus, cut, label in items]
     return [Example(cut, target, corpus) for corpus, cut, target in encoded if target is not None]
+
+
+def _make(run: FinetuneRun, source: Source | None, inventory: Inventory) -> tuple[FinetuneModule, StudentConfig]:
+    """The module before its first update, and the network of its encoder."""
+    recipe = run.recipe
+    encoder, student = starting_encoder(recipe.encoder, source, recipe.seed)
+    return make_module(recipe.encoder, encoder, recipe.masking, recipe.task, inventory, recipe.seed), student
 
 
 def _train(run: FinetuneRun, module: FinetuneModule, labelled: Labelled, fingerprint: str, world: World) -> TrainingResult:

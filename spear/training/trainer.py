@@ -291,16 +291,24 @@ class Trainer:
         metrics = Metrics()
         self.module.eval()
         torch.manual_seed(seed_from(self.seed, "valid"))
-        for i, batch in enumerate(valid.iterate(self.world.rank, self.world.size)):
+        for i, (batch, counts) in enumerate(self._valid_batches(valid)):
             with autocast(self.config.precision, self.device):
                 output = self.hooks(batch.to(self.device), self._generator("valid", i))
-            metrics.add({**output.metrics, "loss": torch.stack([output.loss.double(), output.count.double()])})
+            if counts:
+                metrics.add({**output.metrics, "loss": torch.stack([output.loss.double(), output.count.double()])})
         self.module.train()
         averages = metrics.averages(self.world)
         if not math.isfinite(averages.get("loss", 0.0)):
             raise SpearError(f"the validation loss at update {self.state.step} is {averages['loss']}")
         if self.world.is_main:
             self.tracker.metrics("valid", self.state.step, averages)
+
+    def _valid_batches(self, valid: ValidSource) -> Iterator[tuple[TrainBatch, bool]]:
+        """This process's batches, and whether they count: spread weights need all processes, so that one without a last batch runs any batch."""
+        for batch in valid.iterate(self.world.rank, self.world.size):
+            yield batch, True
+        if self.parallel.sharded and self.world.rank >= len(valid) % self.world.size > 0:
+            yield next(iter(valid.iterate(0, 1))), False
 
     def _save(self) -> None:
         self.state.ranks = self.world.gather({"metrics": self.window.state(), "modules": checkpoint.module_states(self.module)})

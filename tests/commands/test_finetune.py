@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from spear.commands import finetune as command
 from spear.commands.finetune import finetune
@@ -17,6 +19,7 @@ from spear.files import read_json, read_tensors
 from spear.finetune import load_finetuned
 from tests.data.cuts import cut_of, save, tone, write_cuts
 from tests.export.tiny import tiny_encoder
+from tests.training.test_distributed import free_port
 
 HZ = {"low": 300.0, "high": 2400.0}
 TASKS = {
@@ -130,6 +133,28 @@ def test_finetune_with_adapters_exports_an_ordinary_encoder(place: Path, tmp_pat
     assert all(int(torch.linalg.matrix_rank((trained[key] - start[key]).double(), rtol=1e-3)) <= 2 for key in changed)
     (answer,) = load_finetuned(tmp_path / "exp" / "export")(torch.from_numpy(tone(0.7, hz=300.0)))
     assert answer.shape == (2,)
+
+
+def in_two_processes(rank: int, port: int, parallel: str, place: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    settings = ("encoder.lora={rank: 2}", f"training.parallel={parallel}", "training.device=cpu")
+    finetune(folder / "rnnt.yaml", place / "corpora.yaml", place, folder / parallel, settings)
+
+
+@pytest.mark.slow
+def test_finetune_in_two_processes_is_the_same_with_weights_spread_over_them(place: Path, tmp_path: Path) -> None:
+    """Adapters and a transducer; one batch to validate on, so that one process has none."""
+    recipe(tmp_path, "rnnt")
+    for parallel in ("ddp", "fsdp"):
+        mp.spawn(in_two_processes, args=(free_port(), parallel, place, tmp_path), nprocs=2)
+    start = read_tensors(place / "encoder" / "model.safetensors")
+    ddp, fsdp = (load_finetuned(tmp_path / name / "export") for name in ("ddp", "fsdp"))
+    for key, value in fsdp.state_dict().items():
+        torch.testing.assert_close(value, ddp.state_dict()[key], atol=1e-3, rtol=1e-2)
+    changed = [key for key, value in read_tensors(tmp_path / "fsdp" / "export" / "model.safetensors").items() if not torch.equal(value, start[key])]
+    assert changed
+    assert all(key.endswith("weight") for key in changed)
 
 
 def test_finetune_does_nothing_when_finished_and_refuses_other_settings(place: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_layers_raises_config_error_when_two_name_one_or_none(saved: Saved) -> N
 
 
 def test_layers_raises_config_error_when_the_model_has_one_output(tmp_path: Path) -> None:
-    from tests.teachers.test_codec import make
+    from tests.teachers.codecs import make
 
     make("mimi").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="`layers` needs a model that gives its hidden states one by one"):

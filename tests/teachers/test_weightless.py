@@ -55,7 +55,7 @@ def test_logmel_raises_config_error_when_a_size_is_zero(key: str) -> None:
 
 
 def test_teacher_config_raises_config_error_when_type_is_unknown() -> None:
-    with pytest.raises(ConfigError, match="must be one of atst, beats, huggingface, layers, logmel, mfcc, python, redimnet, spear or"):
+    with pytest.raises(ConfigError, match="must be one of atst, beats, dasheng, huggingface, layers, logmel, mfcc, python, redimnet, spear or"):
         TeacherConfig.get_choice_class("wavlm2")
 
 

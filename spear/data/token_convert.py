@@ -154,19 +154,16 @@ def fill_store(source: SharTokens, writer: TokenWriter, cuts_per_block: int) -> 
     frames, seconds, blocks = 0, 0.0, 0
     seen: set[str] = set()
     rows = iter(source)
-    for index in itertools.count():
-        block = list(itertools.islice(rows, cuts_per_block))
-        if not block:
-            break
+    while block := list(itertools.islice(rows, cuts_per_block)):
         ids = [row.cut_id for row in block]
         for cut_id in ids:
             if cut_id in seen:
                 raise DataError(f"{source.folder} holds the cut {cut_id} twice", cause="duplicate_id")
             seen.add(cut_id)
         audio_s = round(sum(row.seconds for row in block), 6)
-        if not writer.is_finished(index):
+        if not writer.is_finished(blocks):
             try:
-                writer.write(index, ids, [_whole(row) for row in block], audio_s=audio_s, failures=[])
+                writer.write(blocks, ids, [_whole(row) for row in block], audio_s=audio_s, failures=[])
             except ValueError as error:
                 raise DataError(f"{source.field} in {source.folder}: {error}", cause="tokens") from error
         frames, seconds, blocks = frames + sum(len(row.codes) for row in block), seconds + audio_s, blocks + 1
@@ -190,14 +187,11 @@ def fill_shar(store: TokenStore, manifest: Path, folder: Path, field: str, cuts_
     Raises:
         DataError: a cut has no codes, or they do not fit its length.
     """
-    cuts, count, seconds = iter(CutSet.from_file(manifest)), 0, 0.0
+    cuts, number, count, seconds = iter(CutSet.from_file(manifest)), 0, 0, 0.0
     for leftover in folder.glob(".*.tmp"):  # of a killed run; Lhotse would take it for a field
         leftover.unlink()
-    for number in itertools.count():
-        chunk = list(itertools.islice(cuts, cuts_per_shard))
-        if not chunk:
-            return {"cuts": count, "shards": number, "audio_s": seconds}
+    while chunk := list(itertools.islice(cuts, cuts_per_shard)):
         if not cuts_path(folder, number).exists():  # it is written last
             write_token_shard(folder, number, chunk, field, store, ShardsConfig())
-        count, seconds = count + len(chunk), seconds + sum(cut.duration for cut in chunk)
-    raise AssertionError("unreachable")
+        number, count, seconds = number + 1, count + len(chunk), seconds + sum(cut.duration for cut in chunk)
+    return {"cuts": count, "shards": number, "audio_s": seconds}

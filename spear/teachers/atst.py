@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from spear.errors import ConfigError
 from spear.teachers.base import Teacher, TeacherConfig, resolve_layer, verified
+from spear.teachers.checkpoint import read_checkpoint
 from spear.teachers.frontend import HOP_SAMPLES, decibel_mel
 from spear.types import TeacherOutput
 
@@ -143,14 +143,7 @@ def read_weights(name: str, folder: Path | None) -> dict[str, Tensor]:
     Raises:
         ConfigError: no such file, or it holds no such encoder.
     """
-    candidates = [Path(name).expanduser()] if folder is None else [folder / name, Path(name).expanduser()]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        raise ConfigError(f"`weights` must be a file, but {name} does not exist")
-    try:
-        values: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"`weights` {name} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    values = read_checkpoint(name, folder)
     state = values.get("state_dict", values) if isinstance(values, dict) else {}
     for prefix in PREFIXES:
         if f"{prefix}pos_embed" in state:

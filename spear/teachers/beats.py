@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from spear.errors import ConfigError
 from spear.teachers.base import Teacher, TeacherConfig, find_model, resolve_layer, verified
+from spear.teachers.checkpoint import read_checkpoint
 from spear.teachers.patches import Caught, PatchTeacher
 
 MEAN, STD = 15.41663, 6.55582
@@ -115,14 +114,7 @@ def read_weights(name: str, folder: Path | None) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or not one of BEATs.
     """
-    candidates = [Path(name).expanduser()] if folder is None else [folder / name, Path(name).expanduser()]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        raise ConfigError(f"`weights` must be a file, but {name} does not exist")
-    try:
-        values: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"`weights` {name} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    values = read_checkpoint(name, folder)
     if not isinstance(values, dict) or not {"cfg", "model"} <= set(values):
         raise ConfigError(f"`weights` {name} must hold `cfg` and `model`, as the releases of BEATs do")
     return values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from spear.errors import ConfigError
 from spear.teachers.base import Teacher, TeacherConfig, resolve_layer, verified
+from spear.teachers.checkpoint import read_checkpoint
 from spear.types import TeacherOutput
 
 SAMPLE_RATE = 16000
@@ -54,13 +54,7 @@ def read_release(name: str, folder: Path | None) -> tuple[dict[str, Tensor], dic
     Raises:
         ConfigError: no such file, damaged, another content, or of an unknown number of heads.
     """
-    path = next((path for path in ([folder / name] if folder is not None else []) + [Path(name).expanduser()] if path.is_file()), None)
-    if path is None:
-        raise ConfigError(f"`weights` must be a file, but {name} does not exist")
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"`weights` {name} cannot be read: {str(error).splitlines()[0][:200]}") from error
+    found = read_checkpoint(name, folder)
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("model", "config")):
         raise ConfigError(f"`weights` {name} must hold model and config, but does not")
     state, settings = found["model"], dict(found["config"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 import sys
 import types
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from spear.errors import ConfigError
 from spear.teachers.base import Teacher, TeacherConfig, find_model, resolve_layer, verified
+from spear.teachers.checkpoint import read_checkpoint
 from spear.types import TeacherOutput
 
 HOP_SAMPLES, SAMPLE_RATE = 160, 16000
@@ -80,13 +80,7 @@ def read_weights(name: str, folder: Path | None) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, damaged, or another content.
     """
-    path = next((path for path in ([folder / name] if folder is not None else []) + [Path(name).expanduser()] if path.is_file()), None)
-    if path is None:
-        raise ConfigError(f"`weights` must be a file, but {name} does not exist")
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"`weights` {name} cannot be read: {str(error).splitlines()[0][:200]}") from error
+    found = read_checkpoint(name, folder)
     if not isinstance(found, dict) or not {"model_config", "state_dict"} <= set(found):
         raise ConfigError(f"`weights` {name} must hold model_config and state_dict, but does not")
     return found

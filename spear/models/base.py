@@ -20,6 +20,8 @@ FBANK_RATE_HZ = 100.0
 FBANK_FIRST_FRAME_S = 0.005
 """Centre of the first log-mel frame in seconds."""
 STEM_RATE_HZ = 50.0
+HIDDEN_RATE_HZ = 50.0
+"""Frames per second of the hidden states of every encoder."""
 STEM_FRAMES = 7
 """Log-mel frames that the Zipformer's front end takes before its first output (its first output is centred on the fifth)."""
 

@@ -14,13 +14,10 @@ from torch.nn import functional as F
 
 from spear.bounds import at_least
 from spear.errors import ConfigError
-from spear.models.base import Encoder
+from spear.models.base import HIDDEN_RATE_HZ, Encoder
 from spear.objectives.alignment import Align, FrameMap, frame_map
 from spear.objectives.base import Objective, ObjectiveConfig
 from spear.types import Batch, FrameSpec, StepOutput, StudentOutput, TokenSpec
-
-HIDDEN_RATE_HZ = 50.0
-"""Rate of a student's hidden states."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spear.errors import ConfigError
-from spear.models.base import FBANK_RATE_HZ, Encoder
+from spear.models.base import FBANK_RATE_HZ, HIDDEN_RATE_HZ, Encoder
 from spear.models.heads import HeadConfig, LinearHeadConfig
 from spear.models.student import Student
 from spear.objectives.alignment import Align, FrameMap, align_tokens, frame_map
@@ -36,6 +36,9 @@ class MaskedPredictionConfig(ObjectiveConfig):
     after the student frame's centre both count, each by how near it is; frames of which one is not there have no target."""
     delay_frames: int = 0
     """Student frame t + delay predicts token frame t; look-ahead for streaming students."""
+    layers: dict[str, int] = field(default_factory=dict)
+    """Teacher -> student layer (1 is the first) that predicts its tokens instead of the output, as in intermediate layer supervision
+    (arXiv 2112.08778); layers above it are free of that teacher. At least one teacher must be left out."""
     balance: BalanceConfig = field(default_factory=FixedConfig)
     """How the teachers' losses are weighed against each other beside `weights`."""
 
@@ -55,6 +58,13 @@ class MaskedPredictionConfig(ObjectiveConfig):
                 raise ConfigError(f"`weights.{domain}` must give at least one teacher a weight above 0")
         if not self.weights:
             raise ConfigError("`weights` must name at least one domain")
+        for teacher, layer in self.layers.items():
+            if layer < 1:
+                raise ConfigError(f"`layers.{teacher}` must be 1 or more, but is {layer}")
+            if teacher not in self.teachers():
+                raise ConfigError(f"`layers` names teacher {teacher!r}, which has no weight above 0 in `weights`")
+        if len(self.layers) == len(self.teachers()):
+            raise ConfigError("`layers` must leave out at least one teacher, or the student's output would learn nothing")
 
     def labels(self, domain: str) -> list[str]:
         """Teachers with a weight above 0 for `domain`, sorted."""
@@ -75,6 +85,11 @@ class MaskedPredictionConfig(ObjectiveConfig):
         missing = [name for name in self.teachers() if name not in specs]
         if missing:
             raise ConfigError(f"`objective.weights` names teacher {missing[0]!r}, for which there are no tokens")
+        for teacher, layer in self.layers.items():
+            if layer > encoder.num_layers:
+                raise ConfigError(f"`objective.layers.{teacher}` must be at most {encoder.num_layers}, the student's layers, but is {layer}")
+        if self.layers and encoder.frame_rate_hz != HIDDEN_RATE_HZ:
+            raise ConfigError(f"`objective.layers` needs a student at {HIDDEN_RATE_HZ:g} Hz, but it has {encoder.frame_rate_hz:g} Hz")
         return MaskedPrediction(self, encoder, {name: specs[name] for name in self.teachers()})
 
 
@@ -103,8 +118,9 @@ class MaskedPrediction(Objective):
         self.maps: dict[str, FrameMap] = {
             name: frame_map(spec, encoder.frame_rate_hz, encoder.first_frame_s, config.align) for name, spec in specs.items()
         }
+        dims = {name: encoder.layer_dims[config.layers[name] - 1] if name in config.layers else encoder.dim for name in specs}
         self.heads = nn.ModuleDict(
-            {name: config.head.build(encoder.dim, spec.num_codebooks * self.maps[name].group, spec.codebook_size) for name, spec in specs.items()}
+            {name: config.head.build(dims[name], spec.num_codebooks * self.maps[name].group, spec.codebook_size) for name, spec in specs.items()}
         )
         self.balance = config.balance.build(list(self.heads))
 
@@ -120,7 +136,8 @@ class MaskedPrediction(Objective):
             frame_weight = torch.ones_like(frame_weight)  # nothing is masked
         weights = [[self.config.weights.get(domain, {}).get(name, 0.0) for name in self.heads] for domain in batch.domains]
         weight = features.new_tensor(weights, dtype=torch.float32)  # (N, teachers)
-        terms = [self._terms(name, features, batch, lens, weight[:, k] > 0) for k, name in enumerate(self.heads)]
+        read = {name: output.hidden_states[layer - 1][:, delay:] for name, layer in self.config.layers.items()}
+        terms = [self._terms(name, read.get(name, features), batch, lens, weight[:, k] > 0) for k, name in enumerate(self.heads)]
         if self.training:
             sums = torch.stack([term.by_cut[:, :2] for term in terms], dim=2)  # (N, 2, teachers)
             factors = self.balance(sums[:, 1], sums[:, 0])

@@ -220,6 +220,27 @@ def test_soft_targets_without_a_second_token_are_the_plain_ones() -> None:
         torch.testing.assert_close(soft.metrics[name], value)
 
 
+def test_teacher_of_an_inner_layer_reads_it_and_leaves_the_output_alone() -> None:
+    module, data, plain = objective(layers={"audio": 1}), batch(["audio", "audio"]), output()
+    hidden, features = torch.randn(2, 10, 6).requires_grad_(), plain.features.requires_grad_()
+    step = module(plain._replace(features=features, hidden_states=(hidden,)), data)
+    repeated = data.tokens["audio"].repeat_interleave(2, dim=1)
+    audio = nn.functional.cross_entropy(module.heads["audio"](hidden).flatten(0, 2), repeated.flatten(), reduction="sum") / 2
+    torch.testing.assert_close(step.metrics["loss/audio/audio"][0], audio.detach())
+    step.loss.backward()
+    assert hidden.grad is not None
+    assert features.grad is not None
+    torch.testing.assert_close(hidden.grad, 0.1 * torch.autograd.grad(audio, hidden)[0])
+    speech = nn.functional.cross_entropy(module.heads["speech"](features).flatten(0, 2), data.tokens["speech"].flatten(), reduction="sum") / 3
+    torch.testing.assert_close(features.grad, torch.autograd.grad(speech, features)[0])
+
+
+def test_inner_layer_sees_the_delay_too() -> None:
+    data, out = batch(["audio"]), output(n=1)
+    both = [objective(layers=layers, delay_frames=2)(out, data) for layers in ({}, {"audio": 1})]
+    assert torch.equal(both[0].loss, both[1].loss)  # the only layer of `Halve` is its output
+
+
 def test_match_is_told_apart_by_duration_and_codebook() -> None:
     module, data, out = objective().eval(), batch(["speech", "speech", "audio"]), output(n=3)
     data.feature_lens = torch.tensor([199, 200, 2000])  # just below 2 s, 2 s, 20 s
@@ -243,6 +264,9 @@ def test_match_is_told_apart_by_duration_and_codebook() -> None:
         ({"weights": {}}, "must name at least one domain"),
         ({"weights": {"speech": {"speech": 0.0}}}, "`weights.speech` must give at least one teacher"),
         ({"weights": {"speech": {"speech": -1.0}}}, "`weights.speech.speech` must not be negative"),
+        ({"layers": {"audio": 0}}, "`layers.audio` must be 1 or more, but is 0"),
+        ({"layers": {"voice": 1}}, "`layers` names teacher 'voice', which has no weight above 0"),
+        ({"layers": {"audio": 1, "speech": 2}}, "`layers` must leave out at least one teacher"),
     ],
 )
 def test_config_raises_config_error_when_out_of_range(settings: dict[str, object], message: str) -> None:
@@ -258,6 +282,20 @@ def test_labels_raises_config_error_when_the_domain_is_unknown() -> None:
 def test_build_raises_config_error_when_a_teacher_has_no_tokens() -> None:
     with pytest.raises(ConfigError, match="teacher 'audio', for which there are no tokens"):
         MaskedPredictionConfig().build(Halve(), {"speech": SPECS["speech"]})
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "layer", "message"),
+    [
+        (50.0, 2, "`objective.layers.audio` must be at most 1, the student's layers, but is 2"),
+        (25.0, 1, "`objective.layers` needs a student at 50 Hz"),
+    ],
+)
+def test_build_raises_config_error_when_an_inner_layer_cannot_be_read(rate_hz: float, layer: int, message: str) -> None:
+    encoder = Halve()
+    encoder.frame_rate_hz = rate_hz
+    with pytest.raises(ConfigError, match=message):
+        MaskedPredictionConfig(layers={"audio": layer}).build(encoder, SPECS)
 
 
 def neighbours(tokens: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:

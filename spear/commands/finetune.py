@@ -120,7 +120,7 @@ def read_labelled(run: FinetuneRun) -> Labelled:
     """The cuts that carry the task's label, as examples.
 
     Raises:
-        DataError: a split has none.
+        DataError: a split has none, or two test cuts share an id.
     """
     recipe, task = run.recipe, run.recipe.task
     train = _with_labels(run, "train")
@@ -132,12 +132,13 @@ def read_labelled(run: FinetuneRun) -> Labelled:
     tested = [item for item in _with_labels(run, split) if task.scorable(item[2], inventory)]
     if not tested:
         raise DataError(f"no {split} cut has a label that training has, too ({task.needs()})", cause="labels")
-    valid = _examples(task, _with_labels(run, "valid", needed=False), inventory)
-    examples = _examples(task, train, inventory)
-    known = {example.cut.id for example in examples}
+    _check_ids(run, split, tested)
+    valid = _examples(task, "valid", _with_labels(run, "valid", needed=False), inventory)
+    examples = _examples(task, "train", train, inventory)
+    known = {(example.corpus, example.cut.id) for example in examples}
     return Labelled(
         examples,
-        [label for _, cut, label in train if cut.id in known],
+        [label for corpus, cut, label in train if (corpus, cut.id) in known],
         valid,
         [Example(cut, np.asarray(0), corpus) for corpus, cut, _ in tested],
         {cut.id: label for _, cut, label in tested},
@@ -158,9 +159,29 @@ def _with_labels(run: FinetuneRun, split: str, *, needed: bool = True) -> list[t
     return found
 
 
-def _examples(task: FinetuneTaskConfig, items: Sequence[tuple[int, Cut, str]], inventory: Inventory) -> list[Example]:
+def _check_ids(run: FinetuneRun, split: str, items: Sequence[tuple[int, Cut, str]]) -> None:
+    """Results are told apart by the ids of the cuts."""
+    first: dict[str, int] = {}
+    for corpus, cut, _ in items:
+        if cut.id in first:
+            names = " and ".join(run.corpora[number].name for number in (first[cut.id], corpus))
+            raise DataError(f"the id {cut.id!r} must be unique among the {split} cuts, but {names} have it", cause="duplicate_id")
+        first[cut.id] = corpus
+
+
+def _examples(task: FinetuneTaskConfig, split: str, items: Sequence[tuple[int, Cut, str]], inventory: Inventory) -> list[Example]:
     encoded = [(corpus, cut, task.encode(label, inventory)) for corpus, cut, label in items]
-    return [Example(cut, target, corpus) for corpus, cut, target in encoded if target is not None]
+    found = [Example(cut, target, corpus) for corpus, cut, target in encoded if target is not None]
+    if len(found) < len(items):
+        left_out = next(cut.id for _, cut, target in encoded if target is None)
+        logger.warning(
+            "finetune: %d of %d %s cuts have a label that training lacks and are left out, e.g. %s",
+            len(items) - len(found),
+            len(items),
+            split,
+            left_out,
+        )
+    return found
 
 
 def _make(run: FinetuneRun, source: Source | None, inventory: Inventory) -> tuple[FinetuneModule, StudentConfig]:

@@ -168,10 +168,10 @@ def _make(job: _Job, stages: Sequence[str], data: Path) -> None:
 @contextmanager
 def _helpers(arguments: Sequence[str], jobs: int) -> Iterator[None]:
     """Run `jobs` - 1 further processes on the same table; they are told to stop when this one fails, and waited for otherwise."""
-    gpus = torch.cuda.device_count()
+    gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or list(map(str, range(torch.cuda.device_count())))
     processes = []
     for index in range(1, jobs):
-        shown = {"CUDA_VISIBLE_DEVICES": str(index % gpus)} if gpus else {}
+        shown = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
         command = [sys.executable, "-m", "spear", "sweep", *arguments]
         processes.append(subprocess.Popen(command, env={**os.environ, **shown}, stdout=subprocess.DEVNULL))
     try:

@@ -113,6 +113,35 @@ def _padded(targets: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
     return rows, lens
 
 
+class Places:
+    """The examples of a corpus as places of equal chance, so that a plan of batches can draw by weights.
+
+    Without weights place i is example i. With weights the examples lie side by side from short to long, each as wide as its weight, and place
+    i goes from i to i + 1: one with weight 3 has three places, ten with weight .1 share one, and every visit to it draws one of them anew.
+    samples: (places,) the longest example that a place may give, at 16 kHz.
+
+    Args:
+        examples: M, at least one. weights: (M,) times that an example is to be drawn per epoch.
+    """
+
+    def __init__(self, examples: Sequence[Example], weights: NDArray[np.float64] | None) -> None:
+        samples = np.asarray([example.samples for example in examples], dtype=np.int64)
+        self.examples, self.samples = list(examples), samples
+        self._ends: NDArray[np.float64] | None = None
+        if weights is not None:
+            order = np.argsort(samples, kind="stable")
+            count = max(1, round(float(weights.sum())))
+            self.examples = [examples[i] for i in order]
+            self._ends = np.cumsum(weights[order]) * (count / weights.sum())
+            self.samples = samples[order][np.searchsorted(self._ends, np.arange(1, count + 1)).clip(max=len(examples) - 1)]
+
+    def at(self, place: int, point: float) -> Example:
+        """The example of a place at `point`, in [0, 1)."""
+        if self._ends is None:
+            return self.examples[place]
+        return self.examples[min(int(np.searchsorted(self._ends, place + point, side="right")), len(self.examples) - 1)]
+
+
 class LabelledSource:
     """Endless training batches; a `BatchSource` of the trainer.
 
@@ -135,14 +164,14 @@ class LabelledSource:
         mixup: Mixup | None = None,
     ) -> None:
         self.sampling, self.seed, self.reads, self.mixup = sampling, seed, reads, mixup
-        chosen = list(examples) if draws is None else [examples[i] for i in systematic(draws)]
-        self.rows = [[example for example in chosen if example.corpus == corpus] for corpus in range(len(weights))]
-        lengths = [
-            Lengths(str(i), np.asarray([example.samples for example in row], dtype=np.int64), weight)
-            for i, (row, weight) in enumerate(zip(self.rows, weights))
-        ]
-        self.plan = BatchPlan([length for length in lengths if len(length.samples)], sampling, seed)
-        self.rows = [row for row in self.rows if row]
+        of_corpus = [[i for i, example in enumerate(examples) if example.corpus == corpus] for corpus in range(len(weights))]
+        self.places, lengths = [], []
+        for corpus, (indexes, weight) in enumerate(zip(of_corpus, weights)):
+            if indexes:
+                share = None if draws is None else draws[indexes] / draws.sum() * len(draws)
+                self.places.append(Places([examples[i] for i in indexes], share))
+                lengths.append(Lengths(str(corpus), self.places[-1].samples, weight))
+        self.plan = BatchPlan(lengths, sampling, seed)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -151,7 +180,9 @@ class LabelledSource:
 
     def batch(self, g: int) -> LabelledBatch:
         """Batch `g`, g = 0, 1, ..."""
-        return make_batch([self.rows[corpus][cut] for corpus, cut in self.plan.batch(g)], self.reads, self.mixup, self.seed, g)
+        rows = self.plan.batch(g)
+        points = np.random.Generator(np.random.Philox(seed_from(self.seed, "draws", g))).random(len(rows))
+        return make_batch([self.places[corpus].at(place, u) for (corpus, place), u in zip(rows, points)], self.reads, self.mixup, self.seed, g)
 
     def iterate(self, start: int, stride: int) -> Iterator[Batch]:
         """See BatchSource."""
@@ -176,10 +207,3 @@ class LabelledSet:
     def iterate(self, rank: int, world: int) -> Iterator[Batch]:
         """See ValidSource."""
         return ordered_loader(self.batch, range(rank, len(self), world), self.sampling.num_workers, self.sampling.prefetch)
-
-
-def systematic(weights: NDArray[np.float64]) -> list[int]:
-    """Draw as many indexes as there are weights, index i about ``M w_i / sum(w)`` times: at equal steps along the summed weights."""
-    ends = np.cumsum(weights / weights.sum()) * len(weights)
-    found: list[int] = np.searchsorted(ends, np.arange(len(weights)) + 0.5).clip(max=len(weights) - 1).tolist()
-    return found

@@ -90,6 +90,5 @@ def set_rates(encoder: Encoder, lr_scale: float, layer_decay: float) -> None:
     layers = layers_of(encoder)
     for i, layer in enumerate(layers):
         layer.lr_scale = layer_decay ** (len(layers) - 1 - i)  # type: ignore[assignment]
-    front = getattr(encoder, "encoder_embed", None)
-    if isinstance(front, nn.Module):
-        front.lr_scale = layer_decay ** len(layers)  # type: ignore[assignment]
+    for name in encoder.front_end:
+        encoder.get_submodule(name).lr_scale = layer_decay ** len(layers)  # type: ignore[assignment]

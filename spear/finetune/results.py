@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spear.errors import DataError
 from spear.files import write_json, write_text
 from spear.finetune.tasks.base import Head, Prediction
+
+logger = logging.getLogger(__name__)
 
 SCORES, REPORT, PREDICTIONS = "scores.json", "report.md", "predictions.jsonl"
 LINES = 50
@@ -24,7 +28,8 @@ def write_results(
     Args:
         found: corpus -> predictions on its test cuts and their labels. facts: what the model was trained on, for the reader.
     Returns:
-        the content of ``scores.json``: the score over all corpora, ``by_corpus`` where there are several, and `facts`.
+        the content of ``scores.json``: the score over all corpora, ``by_corpus`` where there are several (why not, for a corpus whose
+        labels allow no score of its own), and `facts`.
     Raises:
         DataError: the labels allow no score.
     """
@@ -32,7 +37,7 @@ def write_results(
     labels = {name: label for _, known in found.values() for name, label in known.items()}
     scores: dict[str, Any] = {"metric": head.metric, "higher_is_better": head.higher_is_better, **head.score(predictions, labels), **facts}
     if len(found) > 1:
-        scores["by_corpus"] = {name: head.score(items, known) for name, (items, known) in found.items()}
+        scores["by_corpus"] = {name: _corpus_score(head, name, items, known) for name, (items, known) in found.items()}
     scores = dict(_rounded(scores))
     write_json(folder / SCORES, scores)
     texts = [{"id": item.id, "text": item.value, "reference": labels[item.id]} for item in predictions if isinstance(item.value, str)]
@@ -40,6 +45,14 @@ def write_results(
         write_text(folder / PREDICTIONS, "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in sorted(texts, key=lambda text: text["id"])))
     write_text(folder / REPORT, report(scores, head.lines(predictions, labels)))
     return scores
+
+
+def _corpus_score(head: Head, name: str, predictions: Sequence[Prediction], labels: dict[str, str]) -> dict[str, Any]:
+    try:
+        return head.score(predictions, labels)
+    except DataError as error:
+        logger.warning("finetune: corpus %s alone has no score: %s", name, error)
+        return {"no_score": str(error)}
 
 
 def report(scores: Mapping[str, Any], lines: Sequence[str]) -> str:

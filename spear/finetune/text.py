@@ -105,7 +105,15 @@ def fit_pieces(texts: Iterable[str], size: int) -> Pieces:
         ConfigError: the package sentencepiece is not installed, or the texts are too few for the size.
     """
     package, model = _sentencepiece(), io.BytesIO()
-    settings: dict[str, Any] = {"vocab_size": size, "num_threads": 1, "bos_id": -1, "eos_id": -1, "minloglevel": 2, "hard_vocab_limit": False}
+    settings: dict[str, Any] = {
+        "vocab_size": size,
+        "character_coverage": 1.0,
+        "num_threads": 1,
+        "bos_id": -1,
+        "eos_id": -1,
+        "minloglevel": 2,
+        "hard_vocab_limit": False,
+    }
     try:
         package.SentencePieceTrainer.train(sentence_iterator=iter(sorted(texts)), model_writer=model, **settings)
     except RuntimeError as error:

@@ -48,6 +48,8 @@ class TrainingState:
     """Settings of the run, for the reader."""
     optimizer: list[dict[str, Any]] = field(default_factory=list)
     """The optimiser's parameter groups, with names for parameters."""
+    due: bool = True
+    """Saved where `training.save_every` says, as it was then; false: saved on a signal or at the end."""
     skipped: int = 0
     """Updates left out because a loss or gradient was not finite."""
     loss_scale: list[float] = field(default_factory=list)
@@ -111,17 +113,17 @@ def _gather(module: nn.Module, average: RunningAverage | None, optimizer: Optimi
             whole(value.detach())
 
 
-def prune_checkpoints(folder: Path, keep: int, every: int = 1, milestones: Sequence[float] = ()) -> None:
+def prune_checkpoints(folder: Path, keep: int, milestones: Sequence[float] = ()) -> None:
     """Delete all but the last `keep` checkpoints and those nearest to `milestones`, and what a killed process left half written.
 
-    An earlier checkpoint that is not of a multiple of `every` updates was saved on a signal; it goes, too, so that a run that was stopped
-    and continued ends with the checkpoints of one that was not.
+    An earlier checkpoint that was not due but saved on a signal goes, too, so that a run that was stopped and continued ends with the
+    checkpoints of one that was not.
 
     Args:
         milestones: updates; of two that are equally near to one, the earlier checkpoint stays.
     """
     found = find_checkpoints(folder)
-    regular = [(step, path) for step, path in found if step % every == 0]
+    regular = [(step, path) for step, path in found if read_state(path).due]
     kept = [*(path for _, path in regular if path != found[-1][1]), *(path for _, path in found[-1:])][-keep:]
     if regular:
         kept += [min(regular, key=lambda item: abs(item[0] - wanted))[1] for wanted in milestones]

@@ -313,6 +313,7 @@ class Trainer:
     def _save(self) -> None:
         self.state.ranks = self.world.gather({"metrics": self.window.state(), "modules": checkpoint.module_states(self.module)})
         self.state.loss_scale = self.scale.state() if self.scale.moves else []
+        self.state.due = self.state.step % self.config.save_every == 0
         if self.world.is_main or self.parallel.sharded:
             path = checkpoint.save_checkpoint(self.folder, self.state, self.module, self.average, self.optimizer, writes=self.world.is_main)
         if self.world.is_main:
@@ -320,7 +321,7 @@ class Trainer:
             logger.info("saved %s", path)
 
     def _prune(self) -> None:
-        checkpoint.prune_checkpoints(self.folder, self.config.keep_checkpoints, self.config.save_every, self.milestones)
+        checkpoint.prune_checkpoints(self.folder, self.config.keep_checkpoints, self.milestones)
 
     def _resume(self) -> None:
         found = self.world.gather(checkpoint.find_checkpoints(self.folder) if self.world.is_main else [])[0]

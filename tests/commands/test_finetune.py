@@ -206,6 +206,15 @@ def test_finetune_raises_data_error_when_nothing_is_labelled(place: Path, tmp_pa
         run(place, "classification", tmp_path / "exp", ("task.label_field=mood",))
 
 
+def test_finetune_raises_data_error_when_two_corpora_share_an_id(place: Path, tmp_path: Path) -> None:
+    text = (place / "corpora.yaml").read_text()
+    (tmp_path / "corpora.yaml").write_text(text + text.split("\n", 1)[1].replace("name: tones", "name: again"))
+    with pytest.raises(DataError, match=r"must be unique among the test cuts, but tones and again have it"):
+        finetune(
+            recipe(tmp_path, "classification"), tmp_path / "corpora.yaml", tmp_path, tmp_path / "exp", (f"encoder.init_from={place / 'encoder'}",)
+        )
+
+
 def test_load_finetuned_raises_checkpoint_error_when_there_is_no_head(place: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no fine-tuned head"):
         load_finetuned(place / "encoder")

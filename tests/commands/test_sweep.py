@@ -132,11 +132,13 @@ def test_sweep_makes_tokens_for_variants_with_other_quantizers_from_the_same_fra
 
 
 def test_sweep_of_several_processes_starts_them_on_the_same_table(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
+    started, shown = [], []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,MIG-5")
 
     class Helper:
         def __init__(self, command: list[str], **options: Any) -> None:
             started.append(command[1:])
+            shown.append(options["env"]["CUDA_VISIBLE_DEVICES"])
 
         def wait(self) -> int:
             return 0
@@ -149,6 +151,7 @@ def test_sweep_of_several_processes_starts_them_on_the_same_table(files: tuple[P
     sweep(*files, tmp_path / "data", tmp_path / "out", jobs=3)
     folders = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     assert started == [["-m", "spear", "sweep", str(files[0]), "--corpora", str(files[1]), *folders]] * 2
+    assert shown == ["MIG-5", "4"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 
+from spear.data.sampler import SamplingConfig
 from spear.errors import ConfigError, DataError
-from spear.finetune.batch import LabelledBatch, Mixup, mix_pairs, systematic
+from spear.finetune import batch as batches_module
+from spear.finetune.batch import Example, LabelledBatch, LabelledSource, Mixup, Places, Reads, mix_pairs
 from spear.finetune.config import StartConfig
 from spear.finetune.layers import AttentiveStatistics, LayerMix, layers_of, set_rates
 from spear.finetune.model import make_module, starting_encoder, starting_source
+from spear.finetune.results import write_results
 from spear.finetune.tasks.base import Prediction, inverse_frequency, masked_mean
 from spear.finetune.tasks.classification import ClassificationConfig
 from spear.finetune.tasks.ctc import CTCConfig
 from spear.finetune.tasks.tagging import TaggingConfig
 from spear.finetune.tasks.verification import SpeakerConfig, aam_logits
+from spear.models.conv_transformer import ConvTransformerConfig
 from spear.models.masking import MaskConfig
 from spear.training.optim.base import parameter_groups
 from spear.types import EncoderOutput
@@ -101,6 +106,13 @@ def test_set_rates_decay_from_the_last_layer_to_the_front_end() -> None:
     assert rates[id(encoder.mask_emb)] == pytest.approx(0.5)
 
 
+def test_set_rates_reach_the_front_end_of_a_student_that_reads_samples() -> None:
+    encoder = ConvTransformerConfig(conv_dim=8, num_layers=3, dim=16, num_heads=2, feedforward_dim=16).build()
+    set_rates(encoder, 1.0, 0.5)
+    rates = {id(p): group["lr"] for group in parameter_groups(encoder, 1.0) for p in group["params"]}
+    assert {rates[id(p)] for p in encoder.conv_front_end.parameters()} == {0.125}
+
+
 def test_set_rates_of_zero_freeze_the_encoder() -> None:
     network = module(ClassificationConfig(), {"classes": ["a", "b"]}, lr_scale=0.0)
     assert not any(p.requires_grad for p in network.student.parameters())
@@ -130,6 +142,19 @@ def test_ctc_loss_leaves_out_texts_that_are_too_long() -> None:
     assert int(out.count) == 2
     assert out.metrics["too_long"].tolist() == [1.0, 2.0]
     assert math.isfinite(out.loss.item())
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("text", [[1, 1, 1], [1, 2, 1], [1, 1, 2, 2], [1]])
+def test_ctc_loss_counts_the_blanks_between_repeated_symbols(text: list[int]) -> None:
+    task = CTCConfig(dropout=0.0)
+    head = task.build(8, LayerMix(8, [8], "last"), task.inventory(["ab"]))
+    needed = len(text) + sum(a == b for a, b in itertools.pairwise(text))
+    for frames in (needed - 1, needed):
+        out = head.loss(torch.randn(1, 6, 8), torch.tensor([frames]), batch(torch.tensor([text]), torch.tensor([len(text)])))
+        assert out.metrics["too_long"][0] == float(frames < needed)
+        assert bool(out.loss > 0) == (frames >= needed)
 
 
 def test_ctc_score_counts_words_and_characters() -> None:
@@ -146,6 +171,33 @@ def test_tagging_score_is_mean_average_precision() -> None:
     scores = {"x": [0.9, 0.1], "y": [0.8, 0.7], "z": [0.1, 0.9]}
     found = head.score([Prediction(name, np.array(value)) for name, value in scores.items()], {"x": "a", "y": "b", "z": "a;b"})
     assert found["value"] == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)  # a: ranks 1 and 3 of x y z; b: ranks 1 and 2
+
+
+@pytest.mark.parametrize("num_trials", [1000, 20])
+def test_verification_trials_are_all_pairs_or_a_seeded_part_of_them(num_trials: int) -> None:
+    speakers = [f"s{i}" for i in np.random.default_rng(0).integers(4, size=30)]
+    head: Any = SpeakerConfig(num_trials=num_trials).build(8, LayerMix(8, [8], "last"), {"classes": ["x"]})
+    for alike in (True, False):
+        every = [(a, b) for a, b in itertools.combinations(range(30), 2) if (speakers[a] == speakers[b]) == alike]
+        found = [tuple(pair) for pair in head._drawn(speakers, alike=alike).tolist()]
+        assert found == (every if len(every) <= num_trials else sorted(found))
+        assert set(found) <= set(every)
+        assert len(set(found)) == min(num_trials, len(every))
+
+
+def test_tagging_score_raises_data_error_without_a_known_tag() -> None:
+    head = TaggingConfig().build(8, LayerMix(8, [8], "last"), {"classes": ["a", "b"]})
+    with pytest.raises(DataError, match="a tag that training has"):
+        head.score([Prediction("x", np.array([0.1, 0.2]))], {"x": "c"})
+
+
+def test_corpus_without_a_score_of_its_own_does_not_lose_the_others(tmp_path: Path) -> None:
+    head = TaggingConfig().build(8, LayerMix(8, [8], "last"), {"classes": ["a", "b"]})
+    known, strange = [Prediction("x", np.array([0.9, 0.2]))], [Prediction("y", np.array([0.1, 0.2]))]
+    scores = write_results(tmp_path, head, {"one": (known, {"x": "a"}), "two": (strange, {"y": "c"})}, {"split": "test"})
+    assert scores["value"] == scores["by_corpus"]["one"]["value"] == 1.0
+    assert "a tag that training has" in scores["by_corpus"]["two"]["no_score"]
+    assert "two" in (tmp_path / "report.md").read_text()
 
 
 def test_verification_score_is_perfect_for_one_direction_per_speaker() -> None:
@@ -173,10 +225,30 @@ def test_mixup_mixes_waveforms_and_targets_with_one_share() -> None:
 
 def test_draws_follow_the_weights() -> None:
     weights = inverse_frequency([["a"]] * 6 + [["b"]] * 2)
-    drawn = systematic(weights)
-    assert len(drawn) == 8
-    assert sum(i >= 6 for i in drawn) == 4
-    assert systematic(np.ones(5)) == [0, 1, 2, 3, 4]
+    weights *= 8 / weights.sum()
+    examples = [Example(SimpleNamespace(duration=1.0 + i % 3), np.asarray(i)) for i in range(8)]
+    places = Places(examples, weights)
+    assert len(places.samples) == 8
+    points = (np.arange(1000) + 0.5) / 1000
+    found = [[int(places.at(place, u).target) for u in points] for place in range(8)]
+    np.testing.assert_allclose(np.bincount(np.concatenate(found), minlength=8) / 1000, weights, atol=0.01)  # all are heard, as often as they ought to
+    for row, samples in zip(found, places.samples):
+        assert max(examples[i].samples for i in row) == samples
+    plain = Places(examples, None)
+    assert [int(plain.at(place, 0.9).target) for place in range(8)] == list(range(8))
+
+
+def test_weighted_draws_hear_every_example_and_keep_to_the_batch_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [Example(SimpleNamespace(duration=1.0 + i % 7), np.asarray(i), int(i >= 60)) for i in range(100)]
+    monkeypatch.setattr(batches_module, "make_batch", lambda rows, *_: rows)
+    draws = np.where(np.arange(100) % 10 == 0, 6.0, 0.4)
+    source = LabelledSource(examples, [1.0, 1.0], SamplingConfig(max_batch_s=20.0), 0, reads=Reads("fbank", 8), draws=draws)
+    batches: list[Any] = [source.batch(g) for g in range(30 * source.batches_per_epoch)]
+    assert all(len(rows) * max(example.cut.duration for example in rows) <= 20 for rows in batches)
+    times = np.bincount([int(example.target) for rows in batches for example in rows], minlength=100) / 30
+    assert times.min() > 0
+    assert times[::10].mean() == pytest.approx(6.25, rel=0.1)
+    assert [int(example.target) for example in source.batch(3)] == [int(example.target) for example in batches[3]]
 
 
 def test_labels_are_found_where_they_stand() -> None:

@@ -38,6 +38,14 @@ def test_pieces_round_trip_and_depend_on_the_set_of_texts_only() -> None:
     assert load_tokenizer(tokenizer.to_json()).encode("three four") == symbols
 
 
+def test_pieces_know_every_character_of_the_texts_they_are_fitted_on() -> None:
+    pytest.importorskip("sentencepiece")
+    texts = [f"{a} {b} goes home" for a in ("anna", "berta", "carl", "dora") for b in ("early", "late", "alone", "again")] * 100
+    rare = "zo\u00eb goes home"
+    encoded = fit_pieces([*texts, rare], 40).encode(rare)
+    assert encoded is not None
+
+
 def test_pieces_raise_config_error_when_the_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ConfigError, match=r"install the extra \[finetune\]"):

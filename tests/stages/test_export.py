@@ -104,7 +104,7 @@ def test_export_averages_as_far_back_as_asked_for_however_few_checkpoints_are_ke
         hidden = [(path, path.with_name(f"x{path.name}")) for step, path in find_checkpoints(few) if step > last]
         for path, other in hidden:
             path.rename(other)
-        prune_checkpoints(few, 1, 5, config.milestones(40))
+        prune_checkpoints(few, 1, config.milestones(40))
         for path, other in hidden:
             other.rename(path)
     assert len(find_checkpoints(few)) <= 3

@@ -196,15 +196,24 @@ def test_prune_checkpoints_keeps_the_last_and_clears_what_is_half_written(run: t
 def test_prune_checkpoints_keeps_those_nearest_to_milestones(
     run: tuple[Path, list[dict[str, torch.Tensor]]], milestones: list[float], kept: list[int]
 ) -> None:
-    prune_checkpoints(run[0], 1, 5, milestones)
+    prune_checkpoints(run[0], 1, milestones)
     assert [step for step, _ in find_checkpoints(run[0])] == kept
 
 
 def test_prune_checkpoints_takes_no_checkpoint_of_a_signal_for_a_milestone(run: tuple[Path, list[dict[str, torch.Tensor]]]) -> None:
     parent = run[0] / "checkpoints"
-    (parent / "step-00000015").rename(parent / "step-00000011")
-    prune_checkpoints(run[0], 1, 10, [11.0])
+    state = parent / "step-00000015" / "state.json"
+    state.write_text(state.read_text().replace('"due": true', '"due": false'))
+    prune_checkpoints(run[0], 1, [14.0])
     assert [step for step, _ in find_checkpoints(run[0])] == [10, 20]
+
+
+def test_trainer_keeps_checkpoints_of_another_save_every(tmp_path: Path) -> None:
+    module = Tied()
+    for step, due in ((4, True), (6, False), (8, True), (10, True)):  # every 4, a signal at 6, then every 5
+        save_checkpoint(tmp_path, TrainingState(step=step, due=due), module, None, ScaledAdamConfig().build(module))
+        prune_checkpoints(tmp_path, 3)
+    assert [step for step, _ in find_checkpoints(tmp_path)] == [4, 8, 10]
 
 
 def test_load_checkpoint_raises_checkpoint_error_when_the_run_differs(run: tuple[Path, list[dict[str, torch.Tensor]]]) -> None:

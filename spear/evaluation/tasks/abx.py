@@ -154,6 +154,8 @@ class Abx(Task):
         if self.config.num_units is None or features["test"].discrete:
             return {split: np.asarray(features[split].layers[layer]) for split in splits}
         train = torch.from_numpy(np.array(features["train"].layers[layer])).to(self.settings.device)
+        if len(train) < self.config.num_units:
+            raise DataError(f"task `{self.name}` needs at least `num_units` {self.config.num_units} frames, but finds {len(train)}")
         mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
         centres = fit_units((train - mean) / deviation, self.config.num_units, self.settings.seeds[0])
         found = {}

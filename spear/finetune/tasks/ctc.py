@@ -42,10 +42,13 @@ class CTCHead(SpeechHead):
     def loss(self, frames: Tensor, lens: Tensor, batch: LabelledBatch) -> StepOutput:
         """See Head. A text that needs more frames than there are has no loss, and is counted in ``too_long``."""
         log_probs = self.log_probs(frames)
-        losses = F.ctc_loss(log_probs.transpose(0, 1), batch.labels.clamp(min=0), lens, batch.label_lens, BLANK, "none")
-        fits = losses.isfinite()
+        places = torch.arange(1, batch.labels.shape[1], device=lens.device)
+        repeated = (batch.labels[:, 1:] == batch.labels[:, :-1]) & (places < batch.label_lens[:, None])  # a blank must stand between the two
+        fits = batch.label_lens + repeated.sum(dim=1) <= lens
+        labels = batch.labels.clamp(min=0)
+        losses = F.ctc_loss(log_probs.transpose(0, 1), labels, lens, batch.label_lens, BLANK, "none", zero_infinity=True)
         count = (batch.label_lens * fits).sum()
-        total = torch.where(fits, losses, 0.0).sum()
+        total = losses.sum()
         metrics = {"too_long": sum_and_count((~fits).sum(), len(fits))}
         if not self.training:
             metrics["wer"] = self.word_errors(frames, lens, batch)

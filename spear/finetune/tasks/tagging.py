@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spear.bounds import within
-from spear.errors import ConfigError
+from spear.errors import ConfigError, DataError
 from spear.evaluation.metrics import average_precision, mean_average_precision
 from spear.finetune.batch import LabelledBatch
 from spear.finetune.layers import LayerMix
@@ -105,9 +105,15 @@ class TaggingHead(LinearHead):
         return list(self.scores(frames, lens).sigmoid().cpu().numpy())
 
     def score(self, predictions: Sequence[Prediction], labels: dict[str, str]) -> dict[str, Any]:
-        """Mean average precision over the tags that occur, and the share of cuts whose highest tag is theirs."""
+        """Mean average precision over the tags that occur, and the share of cuts whose highest tag is theirs.
+
+        Raises:
+            DataError: no cut has a tag of training.
+        """
         scores = np.stack([found.value for found in predictions])
         relevant = self._relevant(predictions, labels)
+        if not relevant.any():
+            raise DataError("at least one test cut must have a tag that training has, but none has", cause="labels")
         top = float(relevant[np.arange(len(scores)), scores.argmax(axis=1)].mean())
         return {"value": mean_average_precision(scores, relevant), "top1": top, "items": len(scores), "classes": len(self.classes)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -117,25 +116,27 @@ class SpeakerHead(Head):
             DataError: there is no pair of one speaker, or none of two.
         """
         ordered = sorted(predictions, key=lambda found: found.id)
-        same: list[tuple[int, int]] = []
-        other: list[tuple[int, int]] = []
-        for a, b in itertools.combinations(range(len(ordered)), 2):
-            (same if labels[ordered[a].id] == labels[ordered[b].id] else other).append((a, b))
-        if not same or not other:
+        same, other = (self._drawn([labels[found.id] for found in ordered], alike=alike) for alike in (True, False))
+        if not len(same) or not len(other):
             raise DataError(f"test cuts must give pairs of one speaker and of two, but give {len(same)} and {len(other)}", cause="labels")
-        pairs = [*self._drawn(same, "same"), *self._drawn(other, "other")]
-        targets = np.arange(len(pairs)) < min(len(same), self.config.num_trials)
+        first, second = np.concatenate([same, other]).T
+        targets = np.arange(len(first)) < len(same)
         vectors = np.stack([found.value for found in ordered])
-        first, second = np.asarray(pairs).T
         scores = np.einsum("md,md->m", vectors[first], vectors[second])
         costs = {str(p): min_detection_cost(scores, targets, p_target=p) for p in (0.01, 0.05)}
-        return {"value": equal_error_rate(scores, targets), "min_dcf": costs, "trials": len(pairs), "speakers": len(set(labels.values()))}
+        return {"value": equal_error_rate(scores, targets), "min_dcf": costs, "trials": len(first), "speakers": len(set(labels.values()))}
 
-    def _drawn(self, pairs: list[tuple[int, int]], what: str) -> list[tuple[int, int]]:
-        if len(pairs) <= self.config.num_trials:
-            return pairs
-        rng = np.random.Generator(np.random.Philox(seed_from("trials", what)))
-        return [pairs[i] for i in sorted(rng.choice(len(pairs), self.config.num_trials, replace=False))]
+    def _drawn(self, speakers: Sequence[str], *, alike: bool) -> NDArray[np.int64]:
+        """(M, 2) cuts of all pairs of one speaker, or of two, in order, or of `num_trials` of them; in memory for these alone."""
+        numbers = np.unique(speakers, return_inverse=True)[1]
+        later = [np.flatnonzero((numbers[a + 1 :] == number) == alike).size for a, number in enumerate(numbers)]
+        ends = np.cumsum(later)
+        count = int(ends[-1])
+        rng = np.random.Generator(np.random.Philox(seed_from("trials", "same" if alike else "other")))
+        rows = np.arange(count) if count <= self.config.num_trials else np.sort(rng.choice(count, self.config.num_trials, replace=False))
+        firsts = np.searchsorted(ends, rows, side="right")
+        pairs = [(a, a + 1 + np.flatnonzero((numbers[a + 1 :] == numbers[a]) == alike)[row - (ends[a] - later[a])]) for a, row in zip(firsts, rows)]
+        return np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def aam_logits(cosines: Tensor, wanted: Tensor, margin: float, scale: float) -> Tensor:

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lhotse import CutSet
 from lhotse.cut import Cut, MonoCut
 from numpy.typing import NDArray
 
 from spear.commands.encode import LONG_S, check_layer, select
-from spear.data.audio import load_audio, open_recording
-from spear.data.sources import AUDIO_SUFFIXES
+from spear.data.audio import DOWNMIX, load_audio, open_recording
+from spear.data.corpora import SourceItem
+from spear.data.sources import AUDIO_SUFFIXES, CutsSource
 from spear.errors import ConfigError, DataError
 from spear.export.encoder import AudioEncoder, load_encoder
 from spear.export.long_audio import WINDOW_S
@@ -76,7 +76,7 @@ def encode_many(export: str | Path, inputs: Sequence[Path], out: Path, options: 
         "batch_s": options.batch_s,
         "window_s": options.window_s,
     }
-    listed = sha256_json([[cut.id, round(cut.start, 6), round(cut.duration, 6)] for cut in cuts])
+    listed = sha256_json([[cut.id, round(cut.start, 6), round(cut.duration, 6), *_place(cut)] for cut in cuts])
     identity = {"cuts": listed, "encoder": fingerprint_source(read_source(export))}
     artifact = Artifact(out, kind="encode", config=settings, inputs=identity)
     if artifact.is_done():
@@ -109,7 +109,7 @@ def find_cuts(inputs: Sequence[Path]) -> list[MonoCut]:
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and not file.name.startswith("."))
             found += [_whole(file, file.relative_to(path).with_suffix("").as_posix()) for file in files]
         elif path.name.endswith(MANIFESTS):
-            found += [cut for cut in CutSet.from_jsonl_lazy(path) if isinstance(cut, MonoCut)]
+            found += [_one_channel(item) for item in CutsSource(train=str(path)).files("train")]
         else:
             found.append(_whole(path, path.stem))
     if not found:
@@ -121,8 +121,26 @@ def _whole(file: Path, name: str) -> MonoCut:
     recording = open_recording(file, name)
     cut = MonoCut(name, 0.0, recording.duration, 0, supervisions=[], recording=recording)
     if recording.num_channels > 1:
-        cut.custom = {"downmix": list(range(recording.num_channels))}
+        cut.custom = {DOWNMIX: list(range(recording.num_channels))}
     return cut
+
+
+def _one_channel(item: SourceItem) -> MonoCut:
+    """Several channels are averaged when the audio is read, as those of files are."""
+    if item.cut is None:
+        raise DataError(item.message, cause=item.cause)
+    if isinstance(item.cut, MonoCut):
+        return item.cut
+    channels = sorted(item.cut.channel)
+    custom = {**(item.cut.custom or {}), DOWNMIX: channels}
+    cut = item.cut
+    return MonoCut(cut.id, cut.start, cut.duration, channels[0], supervisions=[], recording=cut.recording, custom=custom)
+
+
+def _place(cut: MonoCut) -> list[Any]:
+    """Where the audio lies, and its bytes where that is a file: other audio under the same name is another input."""
+    source = Path(_source(cut))
+    return [str(source), source.stat().st_size if source.is_file() else None]
 
 
 def _check_ids(cuts: Sequence[Cut]) -> None:
@@ -191,7 +209,7 @@ def _write_parquet(out: Path, number: int, cuts: Sequence[MonoCut], features: di
 
 
 def _write_shar(out: Path, number: int, cuts: Sequence[MonoCut], features: dict[str, Array], encoder: AudioEncoder) -> None:
-    """``cuts.000000.jsonl.gz`` and ``student.000000.tar`` for ``CutSet.from_shar``; a cut's field ``student`` is an array over time."""
+    """``shar/cuts.000000.jsonl.gz`` and ``student.000000.tar`` for ``CutSet.from_shar``; a cut's field ``student`` is an array over time."""
     from lhotse.shar import SharWriter
 
     if any(value.ndim != 2 for value in features.values()):
@@ -201,8 +219,9 @@ def _write_shar(out: Path, number: int, cuts: Sequence[MonoCut], features: dict[
             for cut in cuts:
                 plain = replace(cut, recording=None)
                 writer.write(plain.attach_tensor("student", features[cut.id], frame_shift=1 / encoder.frame_rate_hz, temporal_dim=0))
+        make_folder(out / "shar")
         for file in sorted(Path(place).iterdir()):
-            file.replace(out / file.name)
+            file.replace(out / "shar" / file.name)
 
 
 FORMATS: dict[str, Callable[[Path, int, Sequence[MonoCut], dict[str, Array], AudioEncoder], None]] = {

@@ -48,6 +48,8 @@ def explore(
     """
     if max_clips < 2:
         raise ConfigError(f"`max_clips` must be at least 2, but is {max_clips}")
+    if out.is_dir():
+        raise ConfigError(f"`out` must be a file, but {out} is a folder")
     files = audio_files(folder)
     if len(files) > max_clips:
         logger.info("%d of %d files are taken", max_clips, len(files))

@@ -50,7 +50,7 @@ def push(
         raise CheckpointError(f"{export} has no {CARD}: it was not written by `spear export`")
     if not force and not names_licence(card.read_text()):
         raise CheckpointError(f"{card} names no licence: set `export.licence` and export again, or add `--force` to send the weights without one")
-    folder = out if out is not None else export.with_name(f".{export.name}.push")
+    folder = out if out is not None else export.resolve().with_name(f".{export.resolve().name}.push")
     files = gather(export, folder, licence_file)
     try:
         if out is not None:

@@ -16,6 +16,20 @@ Config = TypeVar("Config")
 INCLUDE = "include"
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's last of two equal keys would take the place of the first in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See yaml.SafeLoader."""
+        seen: list[Any] = []
+        for key, _ in node.value:
+            name = key.value if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key, deep=True)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is there twice", key.start_mark)
+            seen.append(name)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: Path, *, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML mapping, merged over the file its ``include:`` key names (relative to it).
 
@@ -26,7 +40,7 @@ def load_yaml(path: Path, *, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in _seen:
         raise ConfigError(f"{path} includes itself")
     try:
-        value = yaml.safe_load(path.read_text())
+        value = yaml.load(path.read_text(), Loader=_UniqueKeys)  # a safe loader
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -49,6 +49,11 @@ def prepare(item: SourceItem, corpus: CorpusConfig, config: ManifestsConfig) -> 
     check_id(item.id, item.origin)
     low, high = corpus.limits_s(config)
     cut = to_mono(item.cut, corpus)
+    if cut.duration < item.cut.duration - TOLERANCE_S:
+        end = item.cut.recording.duration
+        message = f"cut {item.id} ({item.origin}): must reach to {item.cut.end:g} s, but its recording ends at {end:g} s"
+        result.failures.append(_failure(item.id, item.origin, "length_mismatch", message))
+        return result
     if cut.duration > high + 1e-6 and config.long == "skip":
         result.skipped["too_long"] += 1
         return result
@@ -153,10 +158,14 @@ def _check(cut: MonoCut, config: ManifestsConfig) -> bool:
     for source in cut.recording.sources:
         if source.type == "file":
             found = open_recording(Path(source.source), cut.recording.id)
-            if found.duration < cut.end - TOLERANCE_S and not cut.recording.transforms:
+            if found.duration < cut.end - TOLERANCE_S and all(_keeps_time(part) for part in cut.recording.transforms or []):
                 message = f"cut {cut.id} ({audio_path(cut)}): must reach to {cut.end:g} s, but the file ends at {found.duration:g} s"
                 raise DataError(message, cause="length_mismatch")
     return False
+
+
+def _keeps_time(transform: object) -> bool:
+    return (transform.get("name") if isinstance(transform, dict) else type(transform).__name__) == "Resample"
 
 
 def _failure(cut_id: str, path: str, cause: str, message: str) -> dict[str, str]:

@@ -139,7 +139,7 @@ def manifest_entries(path: Path, make: Callable[[int, Any], SourceItem] = _no_it
                     continue
                 number += 1
                 yield _entry(line, number, path, make)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zlib.error) as error:
         raise DataError(f"{path} is not a manifest of cuts: item {number}: {type(error).__name__}: {error}", cause="manifest") from error
     if number == 0:
         raise DataError(f"{path} holds no cuts", cause="manifest")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -59,7 +60,7 @@ class CutsSource(SourceConfig):
         try:
             for number, cut in enumerate(CutSet.from_jsonl_lazy(path), start=1):
                 yield _item(path, number, cut)
-        except (KeyError, TypeError, ValueError, AttributeError, EOFError, OSError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, EOFError, OSError, zlib.error) as error:
             raise DataError(f"{path} is not a manifest of cuts: item {number + 1}: {type(error).__name__}: {error}", cause="manifest") from error
         if number == 0:
             raise DataError(f"{path} holds no cuts", cause="manifest")
@@ -144,6 +145,9 @@ class FolderSource(SourceConfig):
         found = [name for name in found if name.lower().endswith(AUDIO_SUFFIXES) and not os.path.basename(name).startswith(".")]
         if not found:
             raise DataError(f"{root} holds no audio files ({', '.join(AUDIO_SUFFIXES)})", cause="missing_file")
+        unreadable = next((name for name in found if not _is_text(name)), None)
+        if unreadable is not None:
+            raise DataError(f"{root}: names of audio files must be UTF-8, but one is {unreadable!a}", cause="id")
         return sorted(found, key=lambda name: name.split("/"))
 
     def _split(self, cut_id: str) -> str:
@@ -180,6 +184,14 @@ def _existing(path: Path, *, folder: bool = False) -> Path:
     if not (path.is_dir() if folder else path.is_file()):
         raise DataError(f"{path} does not exist{' or is not a folder' if folder else ''}", cause="missing_file")
     return path
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _anchored(cut: Cut, folder: Path) -> Cut:

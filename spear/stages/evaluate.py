@@ -109,7 +109,9 @@ class Evaluator:
             found.append(Model(f"logmel_{config.context_frames}", functools.partial(LogMel, context=config.context_frames)))
         for name in self.run.recipe.teachers:
             found.append(Model(f"teacher_{name}", functools.partial(self.teacher_frames, name, rebuilt=False)))
-            if config.reconstruction and name in self.run.recipe.quantizers:
+            if name not in self.run.recipe.quantizers:
+                continue
+            if config.reconstruction:
                 found.append(Model(f"tokens_{name}", functools.partial(self.teacher_frames, name, rebuilt=True)))
             found.append(Model(f"codes_{name}", functools.partial(self.teacher_codes, name), codes=True))
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ def read_cuts(path: Path) -> Iterator[Any]:
                 raise DataError(f"{path} holds the cut {cut.id} twice", cause="duplicate_id")
             seen.add(cut.id)
             yield cut
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
         raise DataError(f"{path} is not a readable manifest: {error}", cause="manifest") from error
 
 
@@ -129,7 +130,7 @@ def read_blocks(path: Path, size: int, wanted: Callable[[int], bool]) -> Iterato
                         raise DataError(f"{path} holds the cut {cut.id} twice", cause="duplicate_id")
                     seen.add(cut.id)
                 yield index, cuts
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
         raise DataError(f"{path} is not a readable manifest: {error}", cause="manifest") from error
 
 
@@ -144,7 +145,7 @@ def count_cuts(path: Path) -> int:
             return sum(1 for line in file if line.strip())
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist: run `spear manifests` first") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a readable manifest: {error}", cause="manifest") from error
 
 

@@ -15,6 +15,7 @@ from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from spear.errors import ConfigError
 from spear.teachers.base import Teacher, TeacherConfig, find_model, verified
@@ -211,4 +212,14 @@ def load_model(source: Source, cls: Any = None, *, part: str = "") -> Any:
     missing = sorted(key for key in info["missing_keys"] if key.startswith(part) and not key.endswith(TRAINING_ONLY))
     if missing:
         raise ConfigError(f"`model` {source.name} must hold every weight of its config, but lacks {missing[0]} and {len(missing) - 1} more")
+    if info["missing_keys"]:
+        _clear_training_only(model)
     return model
+
+
+@torch.no_grad()
+def _clear_training_only(model: nn.Module) -> None:
+    """Zero what only training uses where the checkpoint lacks it: transformers draws it anew in every process, and the fingerprint holds it."""
+    for name, value in model.named_parameters():
+        if name.endswith(TRAINING_ONLY):
+            value.zero_()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lhotse import CutSet
+from lhotse import CutSet, MultiCut
 
 from spear.cli import main
 from spear.commands import encode_many as command
@@ -60,9 +60,8 @@ def test_encode_many_writes_parquet(place: Path, tmp_path: Path) -> None:
 
 def test_encode_many_writes_shar(place: Path, tmp_path: Path) -> None:
     encode_many(place / "model", [place / "cuts.jsonl.gz"], tmp_path, BulkOptions(form="shar", part_size=2))
-    fields = {"cuts": sorted(map(str, tmp_path.glob("cuts.*"))), "student": sorted(map(str, tmp_path.glob("student.*")))}
-    found = {cut.id: cut.load_student() for cut in CutSet.from_shar(fields)}
-    assert len(fields["cuts"]) == 2
+    found = {cut.id: cut.load_student() for cut in CutSet.from_shar(in_dir=tmp_path / "shar")}
+    assert len(list((tmp_path / "shar").glob("cuts.*"))) == 2
     np.testing.assert_allclose(found["b-z"], expected(place, "b/z"), atol=1e-4)
 
 
@@ -86,6 +85,35 @@ def test_encode_many_continues_with_the_part_that_is_missing(place: Path, tmp_pa
     assert len(encoded) == 4
     with pytest.raises(ArtifactError, match=r"layer` was last, is 0"):
         encode_many(place / "model", [place / "audio"], tmp_path, BulkOptions(part_size=1, layer=0))
+
+
+def test_encode_many_averages_the_channels_of_cuts_as_of_files(place: Path, tmp_path: Path) -> None:
+    both = np.stack([tone(0.7, hz=300.0), tone(0.7, hz=900.0)], axis=1)
+    cut: Any = cut_of(save(tmp_path / "in" / "stereo.wav", both))
+    assert isinstance(cut, MultiCut)
+    write_cuts(tmp_path / "cuts.jsonl.gz", [cut])
+    for name in ("in", "cuts.jsonl.gz"):
+        encode_many(place / "model", [tmp_path / name], tmp_path / f"out-{name}", BulkOptions())
+    found = [np.load(tmp_path / f"out-{name}" / "stereo.npz")["features"] for name in ("in", "cuts.jsonl.gz")]
+    np.testing.assert_array_equal(*found)
+
+
+def test_encode_many_sees_other_audio_under_the_same_names(place: Path, tmp_path: Path) -> None:
+    for folder in ("clean", "noisy"):
+        save(tmp_path / folder / "a.wav", tone(0.7, hz=500.0 if folder == "clean" else 700.0))
+    encode_many(place / "model", [tmp_path / "clean"], tmp_path / "out", BulkOptions())
+    with pytest.raises(ArtifactError, match="`inputs.cuts` was"):
+        encode_many(place / "model", [tmp_path / "noisy"], tmp_path / "out", BulkOptions())
+
+
+@pytest.mark.parametrize("content", [None, "no json\n"])
+def test_encode_command_exits_1_when_a_manifest_cannot_be_read(
+    place: Path, tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "cuts.jsonl").write_text(content)
+    assert main(["encode", str(place / "model"), str(tmp_path / "cuts.jsonl"), "--out", str(tmp_path / "out")]) == 1
+    assert "cuts.jsonl" in capsys.readouterr().err
 
 
 def test_encode_many_raises_errors_that_name_what_is_wrong(place: Path, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_read_clip_embeds_the_mean_of_all_frames(tmp_path: Path) -> None:
     [
         (["--max-clips", "1"], "`max_clips` must be at least 2, but is 1"),
         (["--max-mb", "0.001"], "`max_mb` is 0.001, which leaves"),
+        (["--out", "."], "`out` must be a file, but . is a folder"),
     ],
 )
 def test_explore_exits_1_when_an_option_is_out_of_range(

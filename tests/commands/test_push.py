@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from spear.cli import main
+from spear.commands import push as command
 from spear.commands.push import names_licence, push, with_scores
 from spear.errors import CheckpointError, ConfigError
 from spear.export import load_encoder, save_encoder
@@ -108,6 +109,14 @@ def test_push_refuses_a_folder_with_files_and_a_bad_name(export: Path, tmp_path:
         push(export, "small", tmp_path / "out", lambda _: None)
     with pytest.raises(ConfigError, match="must be a folder that is empty"):
         push(export, "me/small", tmp_path, lambda _: None)
+
+
+def test_push_from_inside_the_folder(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.chdir(export)
+    monkeypatch.setattr(command, "_upload", lambda folder, *_: sent.extend(path.name for path in folder.iterdir()) or "sent")
+    push(Path(), "me/small", None, lambda _: None)
+    assert "model.safetensors" in sent
 
 
 def test_push_says_what_to_do_when_the_hub_refuses(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,17 @@ def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
     return path
 
 
+def test_load_config_raises_config_error_when_a_key_is_there_twice(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\ninner: {rate: 1.0}\nflag: true\ninner: {count: 5}\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml is not valid YAML: the key 'inner' is there twice .*line 4"):
+        load_config(Root, path)
+
+
+def test_load_config_reads_anchors_and_merges(tmp_path: Path) -> None:
+    found = load_config(Root, write(tmp_path, "name: a\nshapes:\n  one: &one {type: circle, radius: 2.0}\n  two: {<<: *one, radius: 3.0}\n"))
+    assert [shape.radius for shape in found.shapes.values()] == [2.0, 3.0]  # type: ignore[attr-defined]
+
+
 def test_load_config_reads_scientific_notation_as_number(tmp_path: Path) -> None:
     config = load_config(Root, write(tmp_path, "{name: a, inner: {rate: 5e-4}, limit: 1e3}"))
     assert config.inner.rate == 5e-4

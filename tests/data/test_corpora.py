@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from spear.data.corpora import CorporaConfig, CorpusConfig, ManifestsConfig, SourceConfig, expand
+from spear.data.scan import manifest_entries
 from spear.data.sources import CutsSource, FolderSource
 from spear.errors import ConfigError, DataError
+from spear.teachers.extraction import count_cuts
 from tests.data.cuts import cut_of, folder_corpus, save, tone, write_cuts
 
 
@@ -77,6 +80,23 @@ def test_cuts_source_raises_data_error_when_the_manifest_is_no_manifest(tmp_path
     (tmp_path / "cuts.jsonl").write_text(content)
     with pytest.raises(DataError, match=r"cuts\.jsonl (is not a manifest of cuts|holds no cuts)"):
         list(CutsSource(train=str(tmp_path / "cuts.jsonl")).files("train"))
+
+
+def test_folder_source_names_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
+    save(tmp_path / "a.wav", tone(0.3))
+    os.rename(tmp_path / "a.wav", os.fsencode(tmp_path) + b"/caf\xe9.wav")
+    with pytest.raises(DataError, match=r"names of audio files must be UTF-8, but one is 'caf\\udce9\.wav'"):
+        FolderSource(path=str(tmp_path)).fingerprint()
+
+
+def test_cuts_source_raises_data_error_when_the_data_are_damaged(tmp_path: Path) -> None:
+    path = Path(write_cuts(tmp_path / "t.jsonl.gz", [cut_of(save(tmp_path / f"{i}.wav", tone(0.3))) for i in range(9)]))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = bytes(255 - byte for byte in data[len(data) // 2 :])
+    path.write_bytes(data)
+    for read in (lambda: list(CutsSource(train=str(path)).files("train")), lambda: list(manifest_entries(path)), lambda: count_cuts(path)):
+        with pytest.raises(DataError, match=r"t\.jsonl\.gz is not a"):
+            read()
 
 
 def test_sources_raise_data_error_when_paths_do_not_exist(tmp_path: Path) -> None:

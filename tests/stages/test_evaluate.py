@@ -28,11 +28,12 @@ from spear.evaluation.tasks.verification import VerificationConfig
 from spear.export import save_encoder
 from spear.files import make_folder, read_json, write_json
 from spear.models.zipformer.config import ZipformerConfig
+from spear.objectives.layer_distillation import LayerDistillationConfig
 from spear.objectives.masked_prediction import MaskedPredictionConfig
 from spear.quantizers.kmeans import KMeans, KMeansConfig
 from spear.recipe import Recipe, Run
 from spear.stages.artifact import Artifact
-from spear.stages.evaluate import build_untrained, example_cuts, run
+from spear.stages.evaluate import Evaluator, build_untrained, example_cuts, run
 from spear.stages.manifests import manifest_path
 from spear.teachers.logmel import LogMelConfig
 from tests.data.cuts import cut_of, save, tone, write_cuts
@@ -259,6 +260,15 @@ def test_example_cuts_show_a_domain_that_only_a_task_reads(tmp_path: Path) -> No
         data=tmp_path,
     )
     assert {domain: cut.id for domain, cut in example_cuts(cast(Any, run_)).items()} == {"music": "bell"}
+
+
+def test_teachers_without_a_quantizer_have_no_tokens_to_judge(data: Path, tmp_path: Path) -> None:
+    found = make_run(data, tmp_path, reconstruction=True)
+    objective = LayerDistillationConfig(layers=[1], weights={"speech": {"mel": 1.0}, "audio": {"mel": 1.0}})
+    plain = replace(found.recipe, quantizers={}, objective=objective)
+    names = [model.name for model in Evaluator(replace(found, recipe=plain)).models()]
+    assert [name for name in names if "mel" in name] == ["logmel", "logmel_3", "teacher_mel"]
+    assert {"tokens_mel", "codes_mel"} <= {model.name for model in Evaluator(found).models()}
 
 
 def test_build_untrained_depends_on_the_seed_only() -> None:

@@ -198,6 +198,25 @@ def test_manifests_raises_artifact_error_when_the_source_changed(tmp_path: Path)
         manifests.run(run)
 
 
+@pytest.mark.parametrize("rate", [16000, 44100])
+@pytest.mark.parametrize("check_audio", ["full", "header"])
+def test_manifests_finds_audio_that_became_shorter_at_any_rate(tmp_path: Path, check_audio: Any, rate: int) -> None:
+    cut = cut_of(save(tmp_path / "a.wav", tone(4.0, rate), rate))
+    save(tmp_path / "a.wav", tone(1.0, rate), rate)
+    corpus = cuts_corpus("v", "speech", write_cuts(tmp_path / "t.jsonl", [cut]))
+    with pytest.raises(DataError, match="length_mismatch"):
+        manifests.run(make_run(tmp_path, [corpus], manifests=ManifestsConfig(check_audio=check_audio)))
+
+
+def test_manifests_finds_a_cut_that_reaches_past_its_recording(tmp_path: Path) -> None:
+    recording = Recording.from_file(save(tmp_path / "a.wav", tone(5.0)))
+    corpus = cuts_corpus("v", "speech", write_cuts(tmp_path / "t.jsonl", [MonoCut("long", 0.0, 10.0, 0, recording=recording)]))
+    with pytest.raises(DataError, match="length_mismatch"):
+        manifests.run(make_run(tmp_path, [corpus]))
+    failure = json.loads((tmp_path / "manifests" / "failures.jsonl").read_text())
+    assert failure["message"].endswith("must reach to 10 s, but its recording ends at 5 s")
+
+
 def test_manifests_reads_a_sub_cut_of_a_resampled_recording(tmp_path: Path) -> None:
     recording = Recording.from_file(save(tmp_path / "a.wav", tone(4.0, 8000, 500), 8000))
     cut = MonoCut("part", 1.0, 2.0, 0, recording=recording)

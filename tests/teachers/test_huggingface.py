@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spear.errors import ConfigError, DataError
@@ -265,6 +266,19 @@ def test_teacher_raises_config_error_when_a_weight_is_missing(saved: Saved, tmp_
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(ConfigError, match=r"must hold every weight of its config, but lacks encoder\.layers\.2"):
         HuggingFaceConfig(model=str(tmp_path / "m")).build()
+
+
+def test_teacher_whose_checkpoint_lacks_the_mask_embedding_is_the_same_in_every_process(saved: Saved, tmp_path: Path) -> None:
+    shutil.copytree(saved("wav2vec2_group"), tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.endswith("masked_spec_embed")}
+    assert len(kept) == len(tensors) - 1
+    save_file(kept, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    found = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.add(HuggingFaceConfig(model=str(tmp_path / "m")).build().fingerprint())
+    assert len(found) == 1
 
 
 def test_teacher_raises_config_error_when_model_type_is_unknown(tmp_path: Path) -> None:

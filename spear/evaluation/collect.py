@@ -69,6 +69,7 @@ class Plan:
         """
         plan = cls(tasks, {split: {} for split in SPLITS})
         known: dict[Split, dict[str, Any]] = {split: {} for split in SPLITS}
+        every: dict[str, Any] = {}
         for name, task in tasks.items():
             source = {id(cut): split for split in SPLITS for cut in cuts[name].get(split, ())}
             selected = task.select(cuts[name])
@@ -76,8 +77,9 @@ class Plan:
             for split, found in selected.items():
                 for cut in found:
                     home = source[id(cut)]
-                    if known[home].setdefault(cut.id, cut) is not cut:
-                        raise DataError(f"two cuts of the {home} split share the id {cut.id!r}", cause="duplicate_id")
+                    if every.setdefault(cut.id, cut) is not cut:
+                        raise DataError(f"two cuts, one of them of the {home} split, share the id {cut.id!r}", cause="duplicate_id")
+                    known[home][cut.id] = cut
                     plan.users[home].setdefault(cut.id, []).append((name, split))
         for split in SPLITS:
             plan.batches[split] = batches_of(known[split].values(), batch_s)

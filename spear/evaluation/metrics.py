@@ -47,31 +47,32 @@ def ratio_interval(errors: Floats, sizes: Floats, *, resamples: int, seed: int, 
     return _percentiles(errors[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), level)
 
 
-def error_rates(scores: Floats, targets: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+def error_rates(scores: Floats, targets: NDArray[np.bool_], weights: Floats | None = None) -> tuple[Floats, Floats]:
     """Miss and false-alarm rate at every threshold, from accepting all trials to accepting none.
 
     Args:
-        scores: (M,) higher means more alike. targets: (M,) True where both sides are the same speaker.
+        scores: (M,) higher means more alike. targets: (M,) True where both sides are the same speaker. weights: (M,) how often each trial
+            counts; None: once.
     Returns:
         miss rates, never falling, and false-alarm rates, never rising; trials of equal score move together.
     Raises:
         ValueError: there is no target or no non-target trial.
     """
-    num_targets = int(targets.sum())
-    num_others = len(targets) - num_targets
+    times = np.ones(len(targets)) if weights is None else weights
+    num_targets, num_others = float(times[targets].sum()), float(times[~targets].sum())
     if num_targets == 0 or num_others == 0:
-        raise ValueError(f"error rates need both kinds of trials, but got {num_targets} targets and {num_others} others")
+        raise ValueError(f"error rates need both kinds of trials, but got {num_targets:g} targets and {num_others:g} others")
     order = np.argsort(scores, kind="stable")
-    ordered, hits = scores[order], targets[order]
+    ordered, hits, times = scores[order], targets[order], times[order]
     last_of_tie = np.append(ordered[1:] != ordered[:-1], True)
-    misses = np.concatenate([[0.0], np.cumsum(hits)[last_of_tie] / num_targets])
-    false_alarms = np.concatenate([[1.0], 1.0 - np.cumsum(~hits)[last_of_tie] / num_others])
+    misses = np.concatenate([[0.0], np.cumsum(times * hits)[last_of_tie] / num_targets])
+    false_alarms = np.concatenate([[1.0], 1.0 - np.cumsum(times * ~hits)[last_of_tie] / num_others])
     return misses, false_alarms
 
 
-def equal_error_rate(scores: Floats, targets: NDArray[np.bool_]) -> float:
+def equal_error_rate(scores: Floats, targets: NDArray[np.bool_], weights: Floats | None = None) -> float:
     """Rate at which misses and false alarms are equal, by straight lines between thresholds (see `error_rates`)."""
-    misses, false_alarms = error_rates(scores, targets)
+    misses, false_alarms = error_rates(scores, targets, weights)
     gap = misses - false_alarms
     right = int(np.argmax(gap >= 0))
     left = right - 1
@@ -88,16 +89,28 @@ def min_detection_cost(
     return float(costs.min() / min(cost_miss * p_target, cost_false * (1 - p_target)))
 
 
-def trial_interval(scores: Floats, targets: NDArray[np.bool_], *, resamples: int, seed: int, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of the equal error rate; target and other trials are drawn apart, each with replacement."""
+def trial_interval(
+    scores: Floats, targets: NDArray[np.bool_], speakers: NDArray[np.int64], *, resamples: int, seed: int, level: float = 0.95
+) -> tuple[float, float]:
+    """Bootstrap interval of the equal error rate, whose trials share speakers: whole speakers are drawn with replacement.
+
+    A trial of one speaker counts as often as that speaker is drawn, a trial of two as often as both together, the product. Draws without
+    a trial of either kind are drawn again.
+
+    Args:
+        scores, targets: see `error_rates`. speakers: (M, 2) number of each side's speaker.
+    """
     rng = np.random.default_rng(seed)
-    same, other = scores[targets], scores[~targets]
-    labels = np.arange(len(scores)) < len(same)
-    rates = np.empty(resamples)
-    for i in range(resamples):
-        drawn = np.concatenate([same[rng.integers(0, len(same), len(same))], other[rng.integers(0, len(other), len(other))]])
-        rates[i] = equal_error_rate(drawn, labels)
-    return _percentiles(rates, level)
+    numbers = np.unique(speakers, return_inverse=True)[1].reshape(speakers.shape)
+    count = int(numbers.max()) + 1
+    rates: list[float] = []
+    while len(rates) < resamples:
+        times = np.bincount(rng.integers(0, count, count), minlength=count).astype(np.float64)
+        first, second = times[numbers].T
+        weights = np.where(targets, first, first * second)
+        if weights[targets].any() and weights[~targets].any():
+            rates.append(equal_error_rate(scores, targets, weights))
+    return _percentiles(np.array(rates), level)
 
 
 def average_precision(scores: Floats, relevant: NDArray[np.bool_]) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spear.data.fbank import HOP, WINDOW, fbank, num_fbank_frames
@@ -38,7 +40,8 @@ class AudioStreamState(NamedTuple):
 class AudioStream:
     """Encodes one recording piece by piece; features are those of the chunk-masked pass over all of it.
 
-    Only the last three frames differ a little: the convolutions see padding there instead of the end. Memory does not grow with time.
+    Only the end differs a little: the convolutions see padding after the last three frames, and the other frames of their chunk attend to
+    these. Memory does not grow with time.
 
     Attributes:
         chunk_s: seconds of audio per chunk. look_ahead_s: seconds of audio after the centre of a chunk's last frame that the chunk waits for.
@@ -62,16 +65,19 @@ class AudioStream:
         """The state before the first sample."""
         return AudioStreamState(torch.zeros(0), 0, 0, self.network.start())
 
-    def push(self, audio: Tensor, state: AudioStreamState) -> tuple[Tensor, AudioStreamState]:
+    def push(self, audio: Tensor | NDArray[np.floating[Any]], state: AudioStreamState) -> tuple[Tensor, AudioStreamState]:
         """Take in more audio.
 
         Args:
-            audio: (S,) floating in [-1, 1] at 16 kHz, of any length. state: what the last call returned; it is not changed.
+            audio: (S,) tensor or array, floating in [-1, 1] at 16 kHz, of any length. state: what the last call returned; it is not changed.
         Returns:
             features (1, T, D) of the chunks that are complete now, T may be 0, and the new state.
         Raises:
             DataError: wrong type, shape or range, or a value that is not finite.
         """
+        audio = torch.as_tensor(audio)
+        if audio.ndim != 1:
+            raise DataError(f"audio must have the shape (S,), one channel, but has {tuple(audio.shape)}", cause="shape")
         if audio.numel() > 0:
             audio = check_audio(audio, None, torch.device("cpu"))[0][0]
         kept = torch.cat((state.audio, audio.cpu()))

@@ -120,7 +120,9 @@ class Evaluator:
         """A teacher's frames, or those frames rebuilt from their tokens."""
         if name not in self.run.recipe.quantizers:
             beside = self.run.recipe.teachers[name].build(self.run.data).to(self.device)
-            return TeacherFrames(name, beside, _Remembering(beside, self.device), quantizer=None)
+            frames = TeacherFrames(name, beside, _Remembering(beside, self.device), quantizer=None)
+            frames.num_parameters = parameters_of(beside)
+            return frames
         teacher, take, quantizer = self.labeller(name)
         embedder = TeacherFrames(name, teacher, take, quantizer=quantizer if rebuilt else None)
         embedder.num_parameters = parameters_of(teacher)
@@ -322,7 +324,9 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 def inputs_of(run: Run, corpora: dict[str, list[CorpusConfig]]) -> dict[str, str]:
-    """Fingerprints of the export, of every manifest a task reads, of the models beside it, and of the quantizers, which vouch for their teachers."""
+    """Fingerprints of the export, of every manifest a task reads, of models beside it, of quantizers, which vouch for their teachers, and of the
+    other teachers.
+    """
     inputs = {"export": fingerprint_of(run.exp / "export")}
     for corpus in {corpus.name: corpus for found in corpora.values() for corpus in found}.values():
         for split in SPLITS:
@@ -331,4 +335,6 @@ def inputs_of(run: Run, corpora: dict[str, list[CorpusConfig]]) -> dict[str, str
         inputs[f"beside/{name}"] = config.build(run.data).fingerprint()
     for name in run.recipe.quantizers:
         inputs[f"quantizers/{name}"] = fingerprint_of(run.data / "quantizers" / name)
+    for name in sorted(set(run.recipe.teachers) - set(run.recipe.quantizers)):
+        inputs[f"teachers/{name}"] = run.recipe.teachers[name].build(run.data).fingerprint()
     return inputs

@@ -79,6 +79,17 @@ def test_ctc_task_learns_to_spell(network: str, tier: str | None, metric: str) -
     assert ("word_error_rate" in score.details) == (tier is None)
 
 
+def test_ctc_reads_the_texts_of_all_supervisions_in_their_order() -> None:
+    first, second = (make_cut("x").supervisions[0] for _ in range(2))
+    first.text, first.start, second.text, second.start = "how are  you", 1.0, "good morning", 0.0
+    cut = make_cut("x")
+    cut.supervisions = [first, second]
+    task = CtcConfig(tier=None).build("text", Settings(seeds=(0,)))
+    assert "".join(task.transcript(cut)) == "good morning how are you"
+    second.text = None
+    assert not task.wants(cut)
+
+
 def test_ctc_config_raises_config_error_without_learning_rates() -> None:
     with pytest.raises(ConfigError, match="`learning_rates` must be at least one and all positive"):
         CtcConfig(learning_rates=[])

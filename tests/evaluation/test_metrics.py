@@ -98,6 +98,34 @@ def test_cluster_interval_is_wider_when_items_stick_together() -> None:
 
 def test_intervals_are_the_same_for_the_same_seed() -> None:
     scores = trials([0.9, 0.8, 0.7, 0.3], [0.6, 0.2, 0.1, 0.0])
-    assert trial_interval(*scores, resamples=50, seed=3) == trial_interval(*scores, resamples=50, seed=3)
-    low, high = trial_interval(*scores, resamples=50, seed=3)
+    speakers = np.array([[0, 0], [1, 1], [2, 2], [3, 3], [0, 1], [1, 2], [2, 3], [3, 0]])
+    assert trial_interval(*scores, speakers, resamples=50, seed=3) == trial_interval(*scores, speakers, resamples=50, seed=3)
+    low, high = trial_interval(*scores, speakers, resamples=50, seed=3)
     assert 0 <= low <= 1 / 4 <= high <= 1
+
+
+def test_weights_of_trials_count_them_as_often() -> None:
+    scores, targets = trials([0.9, 0.4, 0.8], [0.5, 0.2, 0.1])
+    times = np.array([1, 3, 0, 2, 1, 1])
+    repeated = equal_error_rate(np.repeat(scores, times), np.repeat(targets, times))
+    assert equal_error_rate(scores, targets, times.astype(float)) == pytest.approx(repeated)
+
+
+def test_trial_interval_covers_the_error_of_other_speakers() -> None:
+    """Speakers of their own difficulty: nominal 95 % of the intervals must hold the error over very many speakers, not half of them."""
+
+    def drawn(rng: np.random.Generator, speakers: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ease = rng.normal(1.5, 1.0, speakers)
+        numbers = np.repeat(np.arange(speakers), 20)
+        same = rng.normal(ease[numbers], 0.5)
+        pairs = rng.permuted(np.tile(np.arange(speakers), (20, 1)), axis=1)[:, :2].reshape(-1, 2)
+        other = rng.normal(0, 0.5, len(pairs))
+        sides = np.concatenate([np.stack([numbers, numbers], axis=1), pairs])
+        return np.concatenate([same, other]), np.arange(len(sides)) < len(same), sides
+
+    scores, targets, _ = drawn(np.random.default_rng(0), 20_000)
+    truth, held = equal_error_rate(scores, targets), 0
+    for seed in range(60):
+        low, high = trial_interval(*drawn(np.random.default_rng(1 + seed), 12), resamples=100, seed=seed)
+        held += low <= truth <= high
+    assert held >= 0.75 * 60

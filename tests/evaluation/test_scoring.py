@@ -113,9 +113,16 @@ def test_ordered_restores_the_order_that_sorted_json_loses(tmp_path: Path) -> No
     assert list(found["events"]) == ["student", "logmel"]
 
 
+def test_plan_raises_data_error_when_cuts_of_two_splits_share_an_id() -> None:
+    cuts: dict[Split, list[Any]] = {split: [make_cut(f"{split}{i}", label="ab"[i]) for i in range(2)] for split in SPLITS}
+    cuts["test"].append(make_cut("train0", label="a"))
+    with pytest.raises(DataError, match="two cuts, one of them of the test split, share the id 'train0'"):
+        Plan.make({"events": UtterancesConfig().build("events", CONFIG.settings(0))}, {"events": cuts}, batch_s=10.0)
+
+
 def test_plan_raises_data_error_when_two_cuts_share_an_id() -> None:
     cuts = {split: [make_cut("same", label="a"), make_cut("same", label="b")] for split in SPLITS}
-    with pytest.raises(DataError, match="two cuts of the train split share the id 'same'"):
+    with pytest.raises(DataError, match="two cuts, one of them of the train split, share the id 'same'"):
         Plan.make({"events": UtterancesConfig().build("events", CONFIG.settings(0))}, {"events": cuts}, batch_s=10.0)
 
 

@@ -226,6 +226,38 @@ def test_profiling_reads_the_supervisions_gender() -> None:
     assert ProfilingConfig().build("gender", SETTINGS).rows(cut, "test", np.arange(2) / 50, [np.ones((2, 3), np.float32)]).labels == ["female"]
 
 
+def test_profiling_names_held_out_where_it_leaves_nothing() -> None:
+    cuts: dict[Split, list[object]] = {split: [make_cut(f"{split}{i}", speaker=f"s{i % 2}", label="a") for i in range(4)] for split in SPLITS}
+    with pytest.raises(DataError, match=r"every labelled speaker of the valid split is in the train split, too \(`held_out` is true"):
+        ProfilingConfig(label="label").build("age", SETTINGS).select(cuts)
+
+
+def test_profiling_interval_draws_speakers() -> None:
+    features = profiled(0.1)
+    features["test"].labels[20:40] = [f"c{(k + 1) % 3}" for k in range(20, 40)]  # one speaker of three is always wrong
+    task = ProfilingConfig(label="label", held_out=False).build("age", SETTINGS)
+    alone = task.score(features, ["voice"]).ci
+    cuts: dict[Split, list[object]] = {split: [make_cut(f"u{k}", speaker=f"s{k // 20}", label="a") for k in range(60)] for split in SPLITS}
+    task.select(cuts)
+    together = task.score(features, ["voice"]).ci
+    assert together[1] - together[0] > 2 * (alone[1] - alone[0])
+
+
+@pytest.mark.parametrize("config", [VerificationConfig(max_cuts=4), SpeakerCountConfig(max_cuts=4, max_speakers=2)])
+def test_speakers_of_train_are_held_out_whatever_max_cuts_says(config: VerificationConfig | SpeakerCountConfig) -> None:
+    cuts: dict[Split, list[object]] = {split: [make_cut(f"{split}{i}", speaker=f"s{i // 2}") for i in range(40)] for split in SPLITS}
+    task = config.build("voices", SETTINGS)
+    chosen = task.select(cuts)
+    rng = np.random.default_rng(0)
+    rows = {split: [str(cut.supervisions[0].speaker) for cut in found] for split, found in chosen.items()}  # type: ignore[attr-defined]
+    features = {
+        split: Features(labels, [f"{split}{i}" for i in range(len(labels))], [rng.normal(size=(len(labels), 4)).astype(np.float32)])
+        for split, labels in rows.items()
+    }
+    with pytest.raises(DataError, match=r"(0 speakers are left|but has 0)"):
+        task.score(features, ["voice"])
+
+
 # ---- counting ----
 
 

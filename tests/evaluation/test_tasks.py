@@ -31,6 +31,11 @@ def test_label_frames_changes_exactly_at_the_boundary(first_frame_s: float, expe
     assert label_frames(times, [(0.0, 0.05, "a"), (0.05, 0.2, "b")]) == expected
 
 
+def test_label_frames_comes_back_to_the_longer_segment() -> None:
+    segments = [(0.0, 10.0, "music"), (2.0, 3.0, "dog"), (2.5, 2.75, "bell")]
+    assert label_frames(np.array([1.0, 2.25, 2.6, 2.9, 5.0, 11.0]), segments) == ["music", "dog", "bell", "dog", "music", None]
+
+
 def test_label_frames_before_the_first_and_after_the_last_segment_is_none() -> None:
     assert label_frames(np.array([0.05, 0.35]), [(0.1, 0.3, "a")]) == [None, None]
 

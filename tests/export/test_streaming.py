@@ -42,6 +42,13 @@ def test_pieces_give_the_features_of_the_whole(factor: int, sizes: list[int], sa
     assert (streamed[:, -last_chunk:] - whole[:, -last_chunk:]).abs().mean() < 0.2 * whole.abs().mean()
 
 
+def test_arrays_are_taken_like_tensors() -> None:
+    stream, audio = causal().stream(), tone(9000)
+    found = [stream.push(given, stream.start())[0] for given in (audio, audio.numpy())]
+    assert found[0].shape[1] > 0
+    assert torch.equal(*found)
+
+
 def test_features_come_as_soon_as_the_look_ahead_is_there() -> None:
     encoder = causal()
     stream = encoder.stream()
@@ -83,5 +90,7 @@ def test_what_cannot_stream_is_refused() -> None:
         several.stream(chunk_size=4, left_context_frames=16)
     assert several.stream(chunk_size=16, left_context_frames=32).chunk_s == 0.32
     stream = causal().stream()
+    with pytest.raises(DataError, match=r"must have the shape \(S,\), one channel, but has \(2, 800\)"):
+        stream.push(torch.zeros(2, 800), stream.start())
     with pytest.raises(DataError, match="finite"):
         stream.push(torch.full((800,), float("nan")), stream.start())

@@ -49,10 +49,10 @@ def test_stream_matches_the_reference(fixtures: Path) -> None:
             check_layer(layer, under(tensors, f"stream.after{step}.layer{i}."))
 
 
-@pytest.mark.parametrize("factor", [1, 2])
-def test_stream_equals_the_chunk_masked_pass(factor: int) -> None:
+@pytest.mark.parametrize(("factor", "left"), [(1, 8), (2, 8), (1, 10), (1, 14)])
+def test_stream_equals_the_chunk_masked_pass(factor: int, left: int) -> None:
     torch.manual_seed(0)
-    encoder = tiny_config(causal=True, chunk_size=4, left_context_frames=8, output_downsampling_factor=factor).build().eval()
+    encoder = tiny_config(causal=True, chunk_size=4, left_context_frames=left, output_downsampling_factor=factor).build().eval()
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

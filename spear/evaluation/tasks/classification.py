@@ -61,7 +61,12 @@ class Classification(Task):
         probes = [*kept, *(head.fit(train, targets[0], len(labels.names), replace(run, seed=seed)) for seed in seeds[1:])]
         scores = probes[0](test)
         values = [by_layer[chosen]["test"], *(labels.measure(other(test), targets[2]) for other in probes[1:])]
-        details: dict[str, Any] = {"items": len(features["test"].labels), "classes": len(labels.names), "chance": round(labels.chance, 6)}
+        details: dict[str, Any] = {
+            "items": len(features["test"].labels),
+            "classes": len(labels.names),
+            "chance": round(labels.chance, 6),
+            "seeds": len(seeds),
+        }
         details |= {"head": self.head, **head.chosen(run), **seed_spread(values), **labels.confusion(scores, targets[2])}
         if isinstance(probes[0], Probe) and chosen == WEIGHTED_SUM:
             details["layer_weights"] = {name: round(x, 6) for name, x in zip(layer_names, probes[0].layer_logits.softmax(0).tolist())}

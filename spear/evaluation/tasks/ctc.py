@@ -19,7 +19,7 @@ from spear.evaluation.probe import LayerStack, scale_of
 from spear.evaluation.robustness import edit_distances
 from spear.evaluation.tasks.base import SPLITS, Array, Features, Rows, Score, Settings, Split, Task, TaskConfig, alignment_of
 from spear.evaluation.tasks.classification import WEIGHTED_SUM
-from spear.evaluation.tasks.utterances import label_of
+from spear.evaluation.tasks.utterances import transcript_of
 
 MARK = "\x1f"
 """Between the symbols of a transcript."""
@@ -78,7 +78,7 @@ class Ctc(Task):
         """Symbols of a cut: those of the tier, or the characters of its text with single blanks between words."""
         if self.config.tier is not None:
             return [symbol for _, _, symbol in alignment_of(cut, self.config.tier)]
-        return list(" ".join((label_of(cut, "text") or "").split()))
+        return list(" ".join((transcript_of(cut) or "").split()))
 
     def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
         """See `Task`; whole cuts, up to `max_seconds` of each split."""

@@ -72,11 +72,13 @@ class FrameClassification(Classification):
 
 
 def label_frames(times: NDArray[np.float64], segments: Sequence[tuple[float, float, str]]) -> list[str | None]:
-    """Symbol of the segment [start, end) that holds each centre, None outside; where segments overlap, the later start wins.
+    """Symbol of the segment [start, end) that holds each centre, None outside; where segments overlap, the later start wins as long as it lasts.
 
     Args:
         times: (T,) seconds. segments: (start, end, symbol), ordered by start.
     """
-    starts = np.array([start for start, _, _ in segments])
-    found = np.searchsorted(starts, times + 1e-9, side="right") - 1
-    return [segments[i][2] if i >= 0 and t + 1e-9 < segments[i][1] else None for i, t in zip(found, times)]
+    labels: list[str | None] = [None] * len(times)
+    edges = np.searchsorted(times + 1e-9, np.array([(start, end) for start, end, _ in segments]).reshape(-1, 2))
+    for (first, last), (_, _, symbol) in zip(edges.tolist(), segments):
+        labels[first:last] = [symbol] * max(0, last - first)
+    return labels

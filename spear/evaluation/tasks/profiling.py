@@ -14,7 +14,7 @@ from spear.bounds import at_least
 from spear.errors import ConfigError, DataError
 from spear.evaluation.metrics import cluster_interval
 from spear.evaluation.tasks.base import Array, Features, Rows, Score, Settings, Split, Task, TaskConfig
-from spear.evaluation.tasks.utterances import label_of
+from spear.evaluation.tasks.utterances import known_speakers, label_of
 from spear.evaluation.tasks.verification import directions
 
 BLOCK = 4096
@@ -53,6 +53,10 @@ class Profiling(Task):
 
     config: ProfilingConfig
 
+    def __init__(self, name: str, config: ProfilingConfig, settings: Settings) -> None:
+        super().__init__(name, config, settings)
+        self._voices: dict[str, str] = {}
+
     def wants(self, cut: Any) -> bool:
         """See `Task`."""
         return label_of(cut, self.config.label) is not None
@@ -64,10 +68,17 @@ class Profiling(Task):
     def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
         """See `Task`; known speakers are left out of valid and test, cuts without a speaker are kept."""
         if self.config.held_out:
-            known = {label_of(cut, "speaker") for cut in cuts.get("train", ())} - {None}
-            new = {split: [cut for cut in cuts.get(split, ()) if label_of(cut, "speaker") not in known] for split in ("valid", "test")}
-            cuts = {**cuts, **new}  # type: ignore[dict-item]
-        return super().select(cuts)
+            known = known_speakers(cuts)
+            splits: tuple[Split, ...] = ("valid", "test")
+            for split in splits:
+                new = [cut for cut in cuts.get(split, ()) if label_of(cut, "speaker") not in known]
+                if any(map(self.wants, cuts.get(split, ()))) and not any(map(self.wants, new)):
+                    rule = "`held_out` is true; false takes known speakers, too"
+                    raise DataError(f"task `{self.name}`: every labelled speaker of the {split} split is in the train split, too ({rule})")
+                cuts = {**cuts, split: new}
+        chosen = super().select(cuts)
+        self._voices = {cut.id: label_of(cut, "speaker") or cut.id for cut in chosen["test"]}
+        return chosen
 
     def rows(self, cut: Any, split: Split, times: NDArray[np.float64], layers: Sequence[Array]) -> Rows:
         """See `Task`."""
@@ -103,8 +114,10 @@ class Profiling(Task):
             "chance": round(float(counts.max() / counts.sum()), 6),
             "balanced": round(float(np.mean([hits[labels == name].mean() for name in classes])), 6),
             "rule": self.config.rule,
+            "seeds": 1,
         }
-        interval = cluster_interval(hits.astype(float), features["test"].groups, resamples=self.settings.resamples, seed=self.settings.seed)
+        voices = [self._voices.get(cut_id, cut_id) for cut_id in features["test"].groups]  # a label belongs to a speaker
+        interval = cluster_interval(hits.astype(float), voices, resamples=self.settings.resamples, seed=self.settings.seed)
         return Score("accuracy", True, float(hits.mean()), 0.0, interval, layer, by_layer, details)
 
 

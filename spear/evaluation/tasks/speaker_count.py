@@ -13,7 +13,7 @@ from spear.bounds import above, at_least
 from spear.errors import DataError
 from spear.evaluation.metrics import cluster_interval
 from spear.evaluation.tasks.base import Array, Features, Rows, Score, Settings, Split, Task, TaskConfig
-from spear.evaluation.tasks.utterances import label_of
+from spear.evaluation.tasks.utterances import known_speakers, label_of
 from spear.evaluation.tasks.verification import directions
 from spear.files import seed_from
 
@@ -67,6 +67,10 @@ class SpeakerCount(Task):
 
     config: SpeakerCountConfig
 
+    def __init__(self, name: str, config: SpeakerCountConfig, settings: Settings) -> None:
+        super().__init__(name, config, settings)
+        self._known: set[str] = set()
+
     def wants(self, cut: Any) -> bool:
         """See `Task`; a cut of one speaker."""
         return len({supervision.speaker for supervision in cut.supervisions} - {None}) == 1
@@ -75,6 +79,11 @@ class SpeakerCount(Task):
         """See `Task`."""
         return "it needs cuts with one `speaker`"
 
+    def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
+        """See `Task`; train speakers are known from all its cuts."""
+        self._known = known_speakers(cuts) if self.config.held_out else set()
+        return super().select(cuts)
+
     def rows(self, cut: Any, split: Split, times: NDArray[np.float64], layers: Sequence[Array]) -> Rows:
         """See `Task`; one item per window."""
         spans = windows(times, self.config.window_s, self.config.hop_s)
@@ -82,7 +91,7 @@ class SpeakerCount(Task):
 
     def score(self, features: Mapping[Split, Features], layer_names: Sequence[str]) -> Score:
         """See `Task`."""
-        known = set(features["train"].labels) if self.config.held_out else set()
+        known = self._known | set(features["train"].labels) if self.config.held_out else set()
         drawn = {split: self._conversations(features[split], split, known) for split in ("valid", "test")}
         truth = {split: np.array([item.speakers for item in found]) for split, found in drawn.items()}
         by_layer: dict[str, dict[str, float]] = {}
@@ -99,6 +108,7 @@ class SpeakerCount(Task):
         details = {
             "items": len(hits),
             "chance": round(1 / self.config.max_speakers, 6),
+            "seeds": 1,
             "mean_absolute_error": round(float(np.abs(counted[layer] - truth["test"]).mean()), 6),
         }
         ids = [str(index) for index in range(len(hits))]

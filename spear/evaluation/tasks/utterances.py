@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +72,18 @@ def label_of(cut: Any, field: str) -> str | None:
         if found is not None:
             return str(found)
     return None
+
+
+def transcript_of(cut: Any) -> str | None:
+    """The texts of all supervisions in the order of their starts; None where there is none, or one of them has no text."""
+    texts = [part.text for part in sorted(cut.supervisions, key=lambda part: float(part.start))]
+    return None if not texts or None in texts else " ".join(texts)
+
+
+def known_speakers(cuts: Mapping[Split, Sequence[Any]]) -> set[str]:
+    """Speakers of the train split, of all its cuts."""
+    found = (label_of(cut, "speaker") for cut in cuts.get("train", ()))
+    return {speaker for speaker in found if speaker is not None}
 
 
 def pool(frames: Array, pooling: Literal["mean", "mean_std"]) -> Array:

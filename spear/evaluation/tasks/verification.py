@@ -14,7 +14,7 @@ from spear.bounds import at_least
 from spear.errors import ConfigError, DataError
 from spear.evaluation.metrics import equal_error_rate, min_detection_cost, trial_interval
 from spear.evaluation.tasks.base import Array, Features, Rows, Score, Settings, Split, Task, TaskConfig
-from spear.evaluation.tasks.utterances import label_of, pool
+from spear.evaluation.tasks.utterances import known_speakers, label_of, pool
 from spear.evaluation.trials import Trials, find_trials, read_trials
 from spear.files import seed_from
 
@@ -64,6 +64,7 @@ class Verification(Task):
     def __init__(self, name: str, config: VerificationConfig, settings: Settings) -> None:
         super().__init__(name, config, settings)
         self._listed = None if config.trials is None else read_trials(config.trials)
+        self._known: set[str] = set()
 
     def wants(self, cut: Any) -> bool:
         """See `Task`."""
@@ -74,11 +75,12 @@ class Verification(Task):
         return "it needs the supervision field `speaker`"
 
     def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
-        """See `Task`; of the test split, where trials are listed, exactly the cuts that they name.
+        """See `Task`; of the test split, where trials are listed, exactly the cuts that they name. Train speakers are known from all its cuts.
 
         Raises:
             DataError: a listed cut is missing, or its speaker is in train although speakers are to be held out.
         """
+        self._known = known_speakers(cuts) if self.config.held_out else set()
         if self._listed is None:
             return super().select(cuts)
         named = self._listed.names()
@@ -88,8 +90,7 @@ class Verification(Task):
         except DataError as error:
             raise DataError(f"task `{self.name}`: {error}") from error
         chosen = {**super().select({**cuts, "test": test}), "test": test}
-        known = {str(label_of(cut, "speaker")) for cut in chosen["train"]} if self.config.held_out else set()
-        shared = sorted(known & {str(label_of(cut, "speaker")) for cut in test})
+        shared = sorted(self._known & {str(label_of(cut, "speaker")) for cut in test})
         if shared:
             raise DataError(f"task `{self.name}`: speaker {shared[0]!r} of the listed trials is in the train split, too (`held_out` is true)")
         return chosen
@@ -108,7 +109,8 @@ class Verification(Task):
             by_layer[name] = {split: equal_error_rate(scores, found.same) for (split, found), scores in zip(pairs, self._scores(features, i, pairs))}
         layer = min(by_layer, key=lambda name: by_layer[name]["valid"])
         scored = self._scores(features, list(layer_names).index(layer), [("test", found) for found in test])
-        return self._summed([(scores, found.same) for scores, found in zip(scored, test)], layer, by_layer)
+        speakers = np.unique(features["test"].labels, return_inverse=True)[1]
+        return self._summed([(scores, found.same) for scores, found in zip(scored, test)], speakers[test[0].pairs], layer, by_layer)
 
     def _scores(self, features: Mapping[Split, Features], layer: int, wanted: Sequence[tuple[Split, Trials]]) -> list[NDArray[np.float64]]:
         """Scores (M,) of trials, each on its split, from one layer."""
@@ -122,17 +124,23 @@ class Verification(Task):
         top = self.config.top if self.config.normalization == "as" else None
         return [normalised(scores, trials, unit[split], cohort, top) for scores, (split, trials) in zip(found, wanted)]
 
-    def _summed(self, scored: list[tuple[NDArray[np.float64], NDArray[np.bool_]]], layer: str, by_layer: dict[str, dict[str, float]]) -> Score:
-        """The score of one (scores, same) pair per seed."""
+    def _summed(
+        self,
+        scored: list[tuple[NDArray[np.float64], NDArray[np.bool_]]],
+        speakers: NDArray[np.int64],
+        layer: str,
+        by_layer: dict[str, dict[str, float]],
+    ) -> Score:
+        """The score of one (scores, same) pair per seed; `speakers` (M, 2) of the first one's trials."""
         rates = [equal_error_rate(*found) for found in scored]
         costs = {str(p): round(float(np.mean([min_detection_cost(*found, p_target=p) for found in scored])), 6) for p in self.config.p_targets}
-        details = {"items": len(scored[0][1]), "chance": 0.5, "min_dcf": costs, "normalization": self.config.normalization}
-        interval = trial_interval(*scored[0], resamples=self.settings.resamples, seed=self.settings.seed)
+        details = {"items": len(scored[0][1]), "chance": 0.5, "min_dcf": costs, "normalization": self.config.normalization, "seeds": len(scored)}
+        interval = trial_interval(*scored[0], speakers, resamples=self.settings.resamples, seed=self.settings.seed)
         return Score("EER", False, float(np.mean(rates)), float(np.std(rates)), interval, layer, by_layer, details)
 
     def _drawn(self, features: Mapping[Split, Features], split: Split) -> list[Trials]:
         """Trials of every seed among the speakers of a split; of the first seed alone for valid."""
-        known = set(features["train"].labels) if self.config.held_out else set()
+        known = self._known | set(features["train"].labels) if self.config.held_out else set()
         found, seeds = features[split], self.settings.seeds if split == "test" else self.settings.seeds[:1]
         try:
             return [

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spear.bounds import at_least, within
 from spear.errors import ConfigError
+from spear.evaluation.tasks.utterances import transcript_of
 from spear.finetune.batch import LabelledBatch
 from spear.finetune.decoding import align, count_errors, show, sum_errors
 from spear.finetune.layers import LayerMix
@@ -45,8 +46,8 @@ class SpeechConfig(FinetuneTaskConfig):
 
     def label(self, cut: Any) -> str | None:
         """See FinetuneTaskConfig."""
-        texts = [part.text for part in sorted(cut.supervisions, key=lambda part: float(part.start))]
-        return None if not texts or None in texts else normalise(" ".join(texts), self.case)
+        text = transcript_of(cut)
+        return None if text is None else normalise(text, self.case)
 
     def needs(self) -> str:
         """See FinetuneTaskConfig."""

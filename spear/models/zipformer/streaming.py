@@ -79,7 +79,7 @@ class ZipformerStream:
             raise ConfigError("`causal` must be true for streaming, but is false")
         self.encoder = encoder
         self.chunk = _choice("chunk_size", chunk_size, config.chunk_sizes)
-        self.left = _choice("left_context_frames", left_context_frames, config.left_contexts)
+        self.left = self.chunk * max(1, _choice("left_context_frames", left_context_frames, config.left_contexts) // self.chunk)  # as chunk masks
         self.hop_frames = 2 * self.chunk
         self.step_frames = self.hop_frames + EXTRA_FRAMES
 

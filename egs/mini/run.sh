@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole road with no download, no GPU and no account: two synthetic corpora, two small teachers, one student, its report.
 # Made for two CPU cores; `./run.sh --help` lists the options. A second run does nothing, a killed one goes on where it was.
-# Recipes with a speaker teacher want data of their own: ./run.sh --recipe ../../recipes/delulu_mini.yaml --data data/delulu_mini --exp exp/delulu_mini
+# Recipes with other teachers, or none, want data of their own: ./run.sh --recipe ../../recipes/delulu_mini.yaml --data data/delulu_mini --exp exp/delulu_mini
 
 set -euo pipefail
 cd "$(dirname "$0")"

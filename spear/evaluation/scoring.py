@@ -63,10 +63,11 @@ def score_models(models: list[Model], plan: Plan, domains: Mapping[str, str], lo
                 write_json(_path(folder, model.name, task), record)
                 logger.info("evaluate: %s on %s: %s %.4f (%s)", embedder.label, task, score.metric, score.value, score.layer)
 
+            # before the scores: a killed run does not come back to a model that has all of them
+            audio_s, wall_s = plan.heard[embedder.name]
+            write_json(folder / SPEED / f"{model.name}.json", {"audio_s": round(audio_s, 3), "wall_s": round(wall_s, 3)})
+            write_json(folder / PARTIAL / model.name / SIZE, {"label": embedder.label, "kind": embedder.kind, "parameters": embedder.num_parameters})
             side_by_side(judge, missing)
-        audio_s, wall_s = plan.heard[embedder.name]
-        write_json(folder / SPEED / f"{model.name}.json", {"audio_s": round(audio_s, 3), "wall_s": round(wall_s, 3)})
-        write_json(folder / PARTIAL / model.name / SIZE, {"label": embedder.label, "kind": embedder.kind, "parameters": embedder.num_parameters})
     return {
         task: {
             model.name: {**read_json(_path(folder, model.name, task)), "order": [i, j]}

@@ -50,7 +50,7 @@ VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "ar
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HuggingFaceConfig(TeacherConfig):
-    """A model in the Hugging Face layout: WavLM, HuBERT, wav2vec 2.0, Data2Vec, UniSpeech(-SAT), MERT, w2v-BERT, Whisper, AST, Dasheng."""
+    """A model in the Hugging Face layout: WavLM, HuBERT, wav2vec 2.0, Data2Vec, UniSpeech(-SAT), MERT, w2v-BERT, Whisper, AST, EAT, codecs."""
 
     model: str
     """Folder (relative to the run's data folder, or a path) or Hugging Face id."""
@@ -60,9 +60,9 @@ class HuggingFaceConfig(TeacherConfig):
     normalize: bool | None = None
     """Whether the input is normalised as the model's feature extractor would; None: as its preprocessor_config.json says."""
     frequency: Literal["mean", "concat"] = "mean"
-    """AST only: the frequency patches of one time step are averaged, or put beside each other."""
+    """AST and EAT: the frequency patches of one time step are averaged, or put beside each other."""
     trust_remote_code: bool = False
-    """Run the Python code that the model's folder brings along (MERT, Dasheng). Read it before you say true."""
+    """Run the Python code that the model's folder brings along (MERT, EAT, Dasheng). Read it before you say true."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from spear.errors import DataError
+from spear.evaluation import scoring
 from spear.evaluation.collect import AudioCache, Plan
 from spear.evaluation.config import EvaluationConfig
 from spear.evaluation.embedders import Audio, Embedder, Layers
@@ -103,6 +104,20 @@ def test_score_models_resumes_and_ends_in_the_same_bytes(tmp_path: Path) -> None
     assert found == expected
     for path in sorted((whole / "partial").rglob("*.json")):
         assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
+
+
+def test_score_models_knows_the_size_of_a_model_whose_scores_are_all_there_when_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge_all = scoring.side_by_side
+
+    def killed(work: Any, names: Sequence[str]) -> None:
+        judge_all(work, names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "side_by_side", killed)
+    with pytest.raises(KeyboardInterrupt):
+        score_models([Model("student", lambda: Fake("student"))], make_plan(), DOMAINS, load, tmp_path)
+    assert (tmp_path / "partial" / "student" / "model-size.json").exists()
+    assert (tmp_path / "speed" / "student.json").exists()
 
 
 def test_ordered_restores_the_order_that_sorted_json_loses(tmp_path: Path) -> None:

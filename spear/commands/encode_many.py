@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lhotse.cut import Cut, MonoCut
+from lhotse.utils import fastcopy
 from numpy.typing import NDArray
 
 from spear.commands.encode import LONG_S, check_layer, select
@@ -134,7 +135,8 @@ def _one_channel(item: SourceItem) -> MonoCut:
     channels = sorted(item.cut.channel)
     custom = {**(item.cut.custom or {}), DOWNMIX: channels}
     cut = item.cut
-    return MonoCut(cut.id, cut.start, cut.duration, channels[0], supervisions=[], recording=cut.recording, custom=custom)
+    parts = [fastcopy(part, channel=channels[0]) for part in cut.supervisions]
+    return MonoCut(cut.id, cut.start, cut.duration, channels[0], supervisions=parts, recording=cut.recording, custom=custom)
 
 
 def _place(cut: MonoCut) -> list[Any]:

@@ -19,15 +19,16 @@ INCLUDE = "include"
 class _UniqueKeys(yaml.SafeLoader):
     """YAML's last of two equal keys would take the place of the first in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See yaml.SafeLoader."""
-        seen: list[Any] = []
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """See yaml.SafeLoader; before merges, which may repeat keys."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[object] = set()
         for key, _ in node.value:
-            name = key.value if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key, deep=True)
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is there twice", key.start_mark)
-            seen.append(name)
-        return super().construct_mapping(node, deep)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            seen.add(name)
+        return node
 
 
 def load_yaml(path: Path, *, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -81,9 +82,9 @@ def apply_set(value: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         keys = path.split(".")
         layer: Any = text
         try:
-            layer = yaml.safe_load(text)
+            layer = yaml.load(text, Loader=_UniqueKeys)  # a safe loader
         except yaml.YAMLError as error:
-            raise ConfigError(f"`--set {path}` has a value that is not valid YAML: {text!r}") from error
+            raise ConfigError(f"`--set {path}` has a value that is not valid YAML: {text!r} ({getattr(error, 'problem', None) or error})") from error
         for key in reversed(keys):
             layer = {key: layer}
         here: Any = value

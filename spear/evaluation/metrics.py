@@ -95,7 +95,7 @@ def trial_interval(
     """Bootstrap interval of the equal error rate, whose trials share speakers: whole speakers are drawn with replacement.
 
     A trial of one speaker counts as often as that speaker is drawn, a trial of two as often as both together, the product. Draws without
-    a trial of either kind are drawn again.
+    a trial of either kind are drawn again. Of fewer than three speakers, trials are drawn one by one: the interval is then too narrow.
 
     Args:
         scores, targets: see `error_rates`. speakers: (M, 2) number of each side's speaker.
@@ -104,6 +104,12 @@ def trial_interval(
     numbers = np.unique(speakers, return_inverse=True)[1].reshape(speakers.shape)
     count = int(numbers.max()) + 1
     rates: list[float] = []
+    while count < 3 and len(rates) < resamples:
+        weights = np.zeros(len(targets))
+        for kind in (targets, ~targets):
+            places = np.flatnonzero(kind)
+            weights += np.bincount(rng.choice(places, len(places)), minlength=len(targets))
+        rates.append(equal_error_rate(scores, targets, weights))
     while len(rates) < resamples:
         times = np.bincount(rng.integers(0, count, count), minlength=count).astype(np.float64)
         first, second = times[numbers].T

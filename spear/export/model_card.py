@@ -54,5 +54,5 @@ def _context(config: object) -> str:
     """What one frame may depend on."""
     if not isinstance(config, ZipformerConfig) or not config.causal or config.chunk_sizes[0] == -1:
         return "the whole utterance"
-    left = config.left_contexts[0]
-    return f"chunks of {config.chunk_sizes[0]} frames at 50 Hz, {'everything' if left == -1 else f'{left} frames'} before them"
+    chunk, left = config.chunk_sizes[0], config.left_contexts[0]
+    return f"chunks of {chunk} frames at 50 Hz, {'everything' if left == -1 else f'{chunk * max(1, left // chunk)} frames'} before them"

@@ -50,7 +50,7 @@ VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "ar
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HuggingFaceConfig(TeacherConfig):
-    """A model in the Hugging Face layout: WavLM, HuBERT, wav2vec 2.0, Data2Vec, UniSpeech(-SAT), MERT, w2v-BERT, Whisper, AST, EAT, codecs."""
+    """In the Hugging Face layout: WavLM, HuBERT, wav2vec 2.0, Data2Vec, UniSpeech(-SAT), MERT, w2v-BERT, Whisper, AST, EAT, Dasheng, codecs."""
 
     model: str
     """Folder (relative to the run's data folder, or a path) or Hugging Face id."""

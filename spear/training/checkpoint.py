@@ -26,7 +26,7 @@ FOLDER = "checkpoints"
 MODEL, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_LATER = ("skipped", "loss_scale", "flops_per_s")
+_LATER = ("due", "skipped", "loss_scale", "flops_per_s")
 """Fields of the state that the first checkpoints of this version lack."""
 
 

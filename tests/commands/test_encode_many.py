@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lhotse import CutSet, MultiCut
+from lhotse import CutSet, MultiCut, SupervisionSegment
 
 from spear.cli import main
 from spear.commands import encode_many as command
@@ -91,11 +91,13 @@ def test_encode_many_averages_the_channels_of_cuts_as_of_files(place: Path, tmp_
     both = np.stack([tone(0.7, hz=300.0), tone(0.7, hz=900.0)], axis=1)
     cut: Any = cut_of(save(tmp_path / "in" / "stereo.wav", both))
     assert isinstance(cut, MultiCut)
+    cut.supervisions = [SupervisionSegment("s", "stereo", 0.0, 0.7, channel=[0, 1], text="a b")]
     write_cuts(tmp_path / "cuts.jsonl.gz", [cut])
     for name in ("in", "cuts.jsonl.gz"):
         encode_many(place / "model", [tmp_path / name], tmp_path / f"out-{name}", BulkOptions())
     found = [np.load(tmp_path / f"out-{name}" / "stereo.npz")["features"] for name in ("in", "cuts.jsonl.gz")]
     np.testing.assert_array_equal(*found)
+    assert find_cuts([tmp_path / "cuts.jsonl.gz"])[0].supervisions[0].text == "a b"
 
 
 def test_encode_many_sees_other_audio_under_the_same_names(place: Path, tmp_path: Path) -> None:

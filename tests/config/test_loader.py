@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import pytest
 
 from spear.config import load_config, to_json
+from spear.config.loader import load_yaml
 from spear.errors import ConfigError
 from spear.registry import Registry
 
@@ -61,6 +62,19 @@ def test_load_config_raises_config_error_when_a_key_is_there_twice(tmp_path: Pat
     path = write(tmp_path, "name: a\ninner: {rate: 1.0}\nflag: true\ninner: {count: 5}\n")
     with pytest.raises(ConfigError, match=r"r\.yaml is not valid YAML: the key 'inner' is there twice .*line 4"):
         load_config(Root, path)
+
+
+def test_load_config_reads_merges_of_a_deeper_anchor(tmp_path: Path) -> None:
+    text = "include: base.yaml\nx: &x {k: 0, m: 2}\na:\n  deep: &b\n    <<: *x\n    k: 1\nchild:\n  <<: *b\n  z: 3\n"
+    write(tmp_path, "a: {other: 1}\n", "base.yaml")
+    found = load_yaml(write(tmp_path, text))
+    assert found["child"] == {"k": 1, "m": 2, "z": 3}
+    assert found["a"] == {"other": 1, "deep": {"k": 1, "m": 2}}
+
+
+def test_load_config_raises_config_error_when_an_override_has_a_key_twice(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the key 'rate' is there twice"):
+        load_config(Root, write(tmp_path, "name: a\n"), ["inner={rate: 1.0, rate: 2.0}"])
 
 
 def test_load_config_reads_anchors_and_merges(tmp_path: Path) -> None:

@@ -104,6 +104,13 @@ def test_intervals_are_the_same_for_the_same_seed() -> None:
     assert 0 <= low <= 1 / 4 <= high <= 1
 
 
+def test_trial_interval_of_two_speakers_is_no_point() -> None:
+    scores, targets = trials([0.9, 0.8, 0.3, 0.5], [0.6, 0.2, 0.7, 0.0])
+    speakers = np.array([[0, 0], [1, 1], [0, 0], [1, 1], [0, 1], [0, 1], [1, 0], [1, 0]])
+    low, high = trial_interval(scores, targets, speakers, resamples=100, seed=0)
+    assert low < high
+
+
 def test_weights_of_trials_count_them_as_often() -> None:
     scores, targets = trials([0.9, 0.4, 0.8], [0.5, 0.2, 0.1])
     times = np.array([1, 3, 0, 2, 1, 1])

@@ -22,6 +22,7 @@ from spear.training.checkpoint import (
     module_states,
     optimizer_state,
     prune_checkpoints,
+    read_state,
     save_checkpoint,
 )
 from spear.training.optim.scaled_adam import ScaledAdamConfig
@@ -206,6 +207,15 @@ def test_prune_checkpoints_takes_no_checkpoint_of_a_signal_for_a_milestone(run: 
     state.write_text(state.read_text().replace('"due": true', '"due": false'))
     prune_checkpoints(run[0], 1, [14.0])
     assert [step for step, _ in find_checkpoints(run[0])] == [10, 20]
+
+
+def test_read_state_reads_the_first_checkpoints_of_this_version(run: tuple[Path, list[dict[str, torch.Tensor]]]) -> None:
+    path = run[0] / "checkpoints" / "step-00000020"
+    value = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(
+        json.dumps({key: item for key, item in value.items() if key not in ("due", "skipped", "loss_scale", "flops_per_s")})
+    )
+    assert read_state(path).due
 
 
 def test_trainer_keeps_checkpoints_of_another_save_every(tmp_path: Path) -> None:

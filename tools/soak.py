@@ -5,7 +5,7 @@
 The student has about 50 000 parameters. Every part of a run works as in a long one: reading, mixing, logging, validation, checkpoints, averaging.
 With `--minutes` the run is stopped by a signal, as a cluster would, after that time. Resident memory, what the C library has handed out (a leak
 shows there; the rest of a growth is holes between blocks) and open files are noted every 200 updates; a slope is the least-squares line over
-the second half of the run, after caches have filled.
+the second half of the run, after caches have filled. docs/performance.md says what LD_PRELOAD of another allocator changes.
 """
 
 from __future__ import annotations
@@ -116,6 +116,8 @@ def main() -> None:
         student = sum(p.numel() for name, p in trainer.module.named_parameters() if name.startswith("student."))
     print(f"student of {student} parameters, {trainer.state.step} updates, {trainer.state.seconds / 3600:.1f} h of audio, {took:.0f} s")
     for what, values in (("resident memory", watched.rss_mb), ("allocated memory", watched.allocated_mb)):
+        if not any(values):  # another allocator, of which glibc knows nothing
+            continue
         half = len(values) // 2
         slope = 10_000 * float(np.polyfit(watched.steps[half:], values[half:], 1)[0])
         tenths = ", ".join(f"{value:.1f}" for value in values[:: max(1, len(values) // 10)])

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from spear.commands.sweep_differences import differences, markdown_differences
 from spear.config import load_config, to_json
 from spear.errors import ConfigError, SpearError
 from spear.files import make_folder, read_json, sha256_json, write_json, write_text
@@ -195,8 +196,9 @@ def _write(config: SweepConfig, jobs: Sequence[_Job], out: Path) -> str:
     variants = {
         name: {"overrides": config.variants[name], "seeds": list(values), "values": summary(list(values.values()))} for name, values in found.items()
     }
-    result = {"recipe": config.recipe, "overrides": config.overrides, "variants": variants}
-    text = markdown(result)
+    first, changes = next(iter(variants)), differences(variants)
+    result = {"recipe": config.recipe, "overrides": config.overrides, "reference": first, "variants": variants, "differences": changes}
+    text = "\n".join(filter(None, [markdown(result), markdown_differences(changes, first)]))
     write_json(out / "sweep.json", result)
     write_text(out / "sweep.md", text)
     return text

@@ -15,6 +15,7 @@ ESC50=${ESC50:-downloads/ESC-50}
 stage=-2
 stop_stage=7
 recipe=../../recipes/fsdd_esc50.yaml
+corpora=conf/corpora.yaml
 data=data
 exp=exp/fsdd_esc50
 usage="Stages: -2 corpora, -1 teachers, 0 manifests, 1 features, 2 quantizers, 3 tokens, 4 shards, 5 pretrain, 6 export, 7 evaluate.
@@ -25,7 +26,7 @@ The corpora are always made in data/corpus, where conf/corpora.yaml looks for th
 . ../shared/stages.sh
 
 corpus=data/corpus
-options=(--recipe "$recipe" --corpora conf/corpora.yaml --data "$data" --exp "$exp" "${overrides[@]}")
+options=(--recipe "$recipe" --corpora "$corpora" --data "$data" --exp "$exp" "${overrides[@]}")
 
 digits_cuts=(--cuts-train $corpus/digits/cuts_train.jsonl.gz --cuts-valid $corpus/digits/cuts_valid.jsonl.gz --cuts-test $corpus/digits/cuts_test.jsonl.gz)
 sounds_cuts=(--cuts-train $corpus/sounds/cuts_train.jsonl.gz --cuts-valid $corpus/sounds/cuts_valid.jsonl.gz --cuts-test $corpus/sounds/cuts_test.jsonl.gz)

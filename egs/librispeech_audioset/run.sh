@@ -8,17 +8,19 @@ DOWNLOADS=${DOWNLOADS:-downloads}
 stage=-2
 stop_stage=7
 recipe=../../recipes/spear_base.yaml
+corpora=conf/corpora.yaml
 data=data
 exp=exp/spear_base
 usage="Stages: -2 downloads (LibriSpeech and MUSAN), -1 corpora, 0 manifests, 1 features, 2 quantizers, 3 tokens, 4 shards, 5 pretrain,
 6 export, 7 evaluate. Relative paths start from the folder of this script. The environment variable DOWNLOADS says where the sets lie;
-corpora are made in data/corpus from those that are there: keep only these in conf/corpora.yaml, where MUSAN is looked for in downloads.
-The other sets have to be fetched by hand, see README.md. slurm/submit.sh sends the stages to a cluster instead."
+corpora are made in data/corpus from those that are there: keep only these in conf/corpora.yaml, where MUSAN is looked for in downloads,
+or in a file of your own (--corpora). The other sets have to be fetched by hand, see README.md. slurm/submit.sh sends the stages to a
+cluster instead."
 . ../shared/log.sh
 . ../shared/parse_options.sh
 . ../shared/stages.sh
 
-options=(--recipe "$recipe" --corpora conf/corpora.yaml --data "$data" --exp "$exp" --set sampling.weights=hours "${overrides[@]}")
+options=(--recipe "$recipe" --corpora "$corpora" --data "$data" --exp "$exp" "${overrides[@]}")
 
 downloads() {
   "$PYTHON" - "$DOWNLOADS" <<'PY'
@@ -31,7 +33,7 @@ download_musan(sys.argv[1])
 PY
 }
 
-corpora() {
+make_corpora() {
   local out=data/corpus name alignments=()
   if [ -d "$DOWNLOADS/LibriSpeech-Alignments" ]; then alignments=(--alignments "$DOWNLOADS/LibriSpeech-Alignments"); fi
   if [ -d "$DOWNLOADS/LibriSpeech" ]; then
@@ -46,7 +48,7 @@ corpora() {
 }
 
 run_stage -2 downloads downloads
-run_stage -1 corpora corpora
+run_stage -1 corpora make_corpora
 run_stage 0 manifests spear manifests "${options[@]}"
 run_stage 1 features spear features "${options[@]}"
 run_stage 2 quantizers spear quantizers "${options[@]}"
@@ -54,5 +56,12 @@ run_stage 3 tokens spear tokens "${options[@]}"
 run_stage 4 shards spear shards "${options[@]}"
 run_stage 5 pretrain spear pretrain "${options[@]}"
 run_stage 6 export spear export "${options[@]}"
-run_stage 7 evaluate spear evaluate "${options[@]}"
+tasks=()
+if [ "$stop_stage" -ge 7 ]; then
+  keys=()
+  for item in "${overrides[@]}"; do [ "$item" = --set ] || keys+=("$item"); done
+  found=$("$PYTHON" local/tasks.py "$recipe" "$corpora" "$data" "${keys[@]}")
+  if [ -n "$found" ]; then mapfile -t tasks <<<"$found"; fi
+fi
+run_stage 7 evaluate spear evaluate "${options[@]}" "${tasks[@]}"
 log "Finished stages $stage to $stop_stage; results are in $exp"

@@ -9,6 +9,7 @@ cd "$(dirname "$0")"
 stage=-2
 stop_stage=7
 recipe=../../recipes/mini.yaml
+corpora=conf/corpora.yaml
 data=data
 exp=exp/mini
 usage="Stages: -2 corpus, -1 teachers (those that the recipe names), 0 manifests, 1 features, 2 quantizers, 3 tokens, 4 shards, 5 pretrain, 6 export, 7 evaluate.
@@ -18,7 +19,7 @@ Relative paths start from the folder of this script. The synthetic corpora are a
 . ../shared/stages.sh
 
 corpus=data/corpus
-options=(--recipe "$recipe" --corpora conf/corpora.yaml --data "$data" --exp "$exp" "${overrides[@]}")
+options=(--recipe "$recipe" --corpora "$corpora" --data "$data" --exp "$exp" "${overrides[@]}")
 
 speech_cuts=(--cuts-train $corpus/speech/cuts_train.jsonl.gz --cuts-valid $corpus/speech/cuts_valid.jsonl.gz --cuts-test $corpus/speech/cuts_test.jsonl.gz)
 sounds_cuts=(--cuts-train $corpus/sounds/cuts_train.jsonl.gz --cuts-valid $corpus/sounds/cuts_valid.jsonl.gz --cuts-test $corpus/sounds/cuts_test.jsonl.gz)

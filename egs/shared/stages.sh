@@ -8,9 +8,7 @@
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 # PYTHON and SPEAR choose another interpreter or command.
-if [ -z "${PYTHON:-}" ]; then
-  if [ -x "$_root/.venv/bin/python" ]; then PYTHON=$_root/.venv/bin/python; else PYTHON=python3; fi
-fi
+. "$_root/egs/shared/python.sh"
 
 python() {
   exec "$PYTHON" "$@"

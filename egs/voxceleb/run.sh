@@ -14,6 +14,8 @@ LISTS=${LISTS:-downloads/lists}
 stage=-2
 stop_stage=7
 recipe=conf/delulu_base.yaml
+corpora=conf/corpora.yaml
+if [ -n "${MUSAN:-}" ]; then corpora=conf/corpora_musan.yaml; fi
 data=data
 exp=exp/delulu_base
 usage="Stages: -2 manifests of the corpora and lists of trials, 0 manifests, 1 features, 2 quantizers, 3 tokens, 4 shards, 5 pretrain, 6 export,
@@ -23,8 +25,6 @@ usage="Stages: -2 manifests of the corpora and lists of trials, 0 manifests, 1 f
 . ../shared/stages.sh
 
 corpus=data/corpus
-corpora=conf/corpora.yaml
-if [ -n "${MUSAN:-}" ]; then corpora=conf/corpora_musan.yaml; fi
 options=(--recipe "$recipe" --corpora "$corpora" --data "$data" --exp "$exp" "${overrides[@]}")
 prepare=(--vox1 "$VOX1" --vox2 "$VOX2" --lists "$LISTS" --out "$corpus")
 if [ -n "${SITW:-}" ]; then prepare+=(--sitw "$SITW"); else options+=(--set evaluation.tasks.sitw=null); fi

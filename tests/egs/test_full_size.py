@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from lhotse import CutSet, Recording
+from lhotse import CutSet, Recording, RecordingSet, SupervisionSegment, SupervisionSet
+from lhotse.supervision import AlignmentItem
 
 from spear.data.audio import load_audio
 from spear.data.sources import CutsSource
+from spear.recipe import load_run
 
 ROAD = Path(__file__).resolve().parents[2] / "egs" / "librispeech_audioset"
 
@@ -74,6 +76,17 @@ def test_audioset_joins_lists_and_files_and_counts_what_is_gone(tagged: ModuleTy
     assert found["valid"]
     assert sorted(found["test"]) == [f"ev-{i}_x" for i in range(8) if i != 3]
     assert set(labels(found["train"]).values()) == {"/m/0a;/m/0b"}
+
+
+def test_tagged_writes_absolute_paths(tagged: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [f"id{i},{i},dog,{'test' if i > 7 else 'train'}" for i in range(10)]
+    for i in range(10):
+        sound(tmp_path / "vggsound" / "audio" / f"id{i}_{i:06d}.wav")
+    (tmp_path / "vggsound" / "vggsound.csv").write_text("\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(tagged, monkeypatch, "vggsound", "--root", "vggsound", "--out", "out", "--valid-share", 0.4) == 0
+    assert all(Path(cut.recording.sources[0].source).is_absolute() for split in cuts(tmp_path / "out").values() for cut in split.values())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"cuts_{split}.jsonl.gz" for split in ("test", "train", "valid")]
 
 
 def test_vggsound_and_fsd50k_are_found_by_their_lists(tagged: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,20 +193,172 @@ def test_libriheavy_takes_its_manifests_with_audio_from_elsewhere(speech: Module
     assert len(load_audio(found["train"]["small/book_0"])) == 16000
 
 
+def speech_set(root: Path, *parts: str) -> Path:
+    for k, part in enumerate(parts):
+        chapter = root / part / f"{k + 1}" / "22"
+        sound(chapter / f"{k + 1}-22-0000.flac")
+        (chapter / f"{k + 1}-22.trans.txt").write_text(f"{k + 1}-22-0000 HELLO THERE\n")
+    return root
+
+
+def align(folder: Path, *parts: str) -> None:
+    for k, part in enumerate(parts):
+        path = folder / part / f"{k + 1}" / "22" / f"{k + 1}-22.alignment.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{k + 1}-22-0000 ",HELLO,THERE," "0.1,0.3,0.5,0.6"\n')
+
+
+PARTS = ("train-clean-100", "dev-clean", "test-clean")
+
+
+@pytest.mark.parametrize("inner", ["", "LibriSpeech"])
+def test_librispeech_finds_its_alignments_in_the_folder_or_below_it(
+    speech: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
+    speech_set(tmp_path / "LibriSpeech", *PARTS)
+    align(tmp_path / "alignments" / inner, *PARTS)
+    monkeypatch.chdir(tmp_path)
+    assert run(speech, monkeypatch, "librispeech", "--root", "LibriSpeech", "--alignments", "alignments", "--out", "out", "--jobs", 1) == 0
+    (cut,) = cuts(tmp_path / "out")["train"].values()
+    assert [item.symbol for item in cut.supervisions[0].alignment["word"]] == ["", "HELLO", "THERE", ""]
+    assert Path(cut.recording.sources[0].source).is_absolute()
+
+
+def test_librispeech_stops_when_the_folder_of_alignments_has_none(
+    speech: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = speech_set(tmp_path / "LibriSpeech", *PARTS)
+    assert run(speech, monkeypatch, "librispeech", "--root", root, "--alignments", tmp_path, "--out", tmp_path / "out") == 1
+    assert f"error: {tmp_path} holds no alignment: PART/SPEAKER/CHAPTER/*.alignment.txt is looked for" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.gz"))
+
+
+def recordings(folder: Path) -> tuple[Path, Path]:
+    """Manifests as `lhotse prepare` writes them: two supervisions of a recording with a relative path, in the wrong order."""
+    sound(folder / "audio" / "talk.flac", 3.0)
+    recording = Recording.from_file(folder / "audio" / "talk.flac", recording_id="talk")
+    recording.sources[0].source = "audio/talk.flac"
+    spoken = [SupervisionSegment(f"talk_{i}", "talk", start, 1.0, text=f"text {i}") for i, start in ((1, 1.5), (0, 0.25))]
+    paths = folder / "set_recordings_train.jsonl.gz", folder / "set_supervisions_train.jsonl.gz"
+    RecordingSet.from_recordings([recording]).to_file(paths[0])
+    SupervisionSet.from_segments(spoken).to_file(paths[1])
+    return paths
+
+
+def test_manifests_of_lhotse_become_a_cut_for_every_supervision(speech: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = recordings(tmp_path)
+    arguments = [part for split in ("train", "valid", "test") for part in (f"--{split}", *pair)]
+    assert run(speech, monkeypatch, "manifests", *arguments, "--audio", tmp_path, "--out", tmp_path / "out") == 0
+    for split in cuts(tmp_path / "out").values():
+        assert {name: (cut.start, cut.duration, len(cut.supervisions)) for name, cut in split.items()} == {
+            "talk_1": (1.5, 1.0, 1),
+            "talk_0": (0.25, 1.0, 1),
+        }
+        assert split["talk_0"].supervisions[0].text == "text 0"
+        assert split["talk_0"].supervisions[0].start == 0
+        assert split["talk_0"].recording.sources[0].source == str(tmp_path / "audio" / "talk.flac")
+
+
+def test_manifests_write_the_splits_that_are_given(speech: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(speech, monkeypatch, "manifests", "--train", *recordings(tmp_path), "--out", "out") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["cuts_train.jsonl.gz"]
+
+
+@pytest.mark.parametrize(("change", "message"), [("audio", "relative paths in"), ("recording", "lacks the recording talk that")])
+def test_manifests_raise_data_error_when_audio_or_recordings_are_missing(
+    speech: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    pair = recordings(tmp_path)
+    if change == "recording":
+        gzip.open(pair[0], "wt").close()
+    assert run(speech, monkeypatch, "manifests", "--train", *pair, "--audio", tmp_path / "elsewhere", "--out", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "cuts_train.jsonl.gz").exists()
+
+
+CORPORA = """weights: hours
+corpora:
+  - {name: librispeech, domain: speech, weight: 960, source: {type: cuts, train: a.gz, valid: a.gz, test: a.gz}}
+  - {name: audioset, domain: audio, weight: 500, source: {type: cuts, train: a.gz, valid: a.gz, test: a.gz}}
+  - {name: fsd50k, domain: audio, weight: 200, source: {type: cuts, train: a.gz, valid: a.gz, test: a.gz}}
+"""
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_tasks_are_those_that_the_corpora_have_labels_for(tmp_path: Path, aligned: bool) -> None:
+    (tmp_path / "corpora.yaml").write_text(CORPORA)
+    (tmp_path / "data" / "manifests").mkdir(parents=True)
+    cut = Recording.from_file(sound(tmp_path / "a.flac"), recording_id="a").to_cut()
+    words = [AlignmentItem("HELLO", 0.1, 0.2)]
+    cut.supervisions = [SupervisionSegment("a", "a", 0.0, 0.6, alignment={"word": words} if aligned else None)]
+    for split in ("train", "valid", "test"):
+        CutSet.from_cuts([cut]).to_file(tmp_path / "data" / "manifests" / f"librispeech_cuts_{split}.jsonl.gz")
+    arguments = [ROAD.parents[1] / "recipes" / "spear_base.yaml", tmp_path / "corpora.yaml", tmp_path / "data"]
+    done = subprocess.run(
+        [sys.executable, str(ROAD / "local" / "tasks.py"), *map(str, arguments), "evaluation.tasks.speakers.corpora=[audioset, fsd50k]"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROAD.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    words_key = "evaluation.tasks.words.corpora=[librispeech]" if aligned else "evaluation.tasks.words=null"
+    assert done.stdout.splitlines() == ["--set", words_key, "--set", "evaluation.tasks.events.corpora=[audioset]"]
+    assert ("task words is left out: no alignment of the tier `word` in librispeech (train, valid, test)" in done.stderr) is not aligned
+    left = load_run(*arguments[:2], tmp_path, tmp_path, done.stdout.split()[1::2]).recipe.evaluation.tasks
+    assert ("words" in left) is aligned
+
+
+def test_run_evaluates_with_the_tasks_that_have_labels(tmp_path: Path) -> None:
+    (tmp_path / "corpora.yaml").write_text(CORPORA)
+    stub = tmp_path / "spear"
+    stub.write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/told\n')
+    stub.chmod(0o755)
+    environment = {**os.environ, "SPEAR": str(stub), "PYTHON": sys.executable, "PYTHONPATH": str(ROAD.parents[1])}
+    arguments = ["--stage", "7", "--corpora", str(tmp_path / "corpora.yaml"), "--data", str(tmp_path), "--exp", str(tmp_path), "--set", "seed=1"]
+    done = subprocess.run([str(ROAD / "run.sh"), *arguments], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    told = (tmp_path / "told").read_text()
+    assert "evaluate --recipe" in told
+    assert (
+        "--set seed=1 --set evaluation.tasks.words=null --set evaluation.tasks.speakers.corpora=[librispeech] --set evaluation.tasks.events" in told
+    )
+
+
 def test_submit_sends_every_part_after_the_one_before(tmp_path: Path) -> None:
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/sent\nwc -l < {tmp_path}/sent\n')
     sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "somewhere"}
-    done = subprocess.run([str(ROAD / "slurm" / "submit.sh"), "--shards", "4"], capture_output=True, text=True, check=True, env=environment)
+    command = [str(ROAD / "slurm" / "submit.sh"), "--shards", "4", "--nodes=2", "--set", "seed=1", "--set=training.schedule={type: eden}"]
+    environment["CORPORA"] = "conf/own.yaml"
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.startswith("manifests to quantizers 1, tokens 2, shards 3, pretrain 4")
     sent = (tmp_path / "sent").read_text().splitlines()
     assert [line.split("--dependency=afterok:")[-1].split()[0] for line in sent[1:]] == ["1", "2", "3", "4"]
     assert "--array=0-3 ../shared/tokens.sbatch --recipe" in sent[1]
     assert all("--data somewhere" in line for line in sent)
+    assert all("--corpora conf/own.yaml" in line for line in sent)
+    assert all("--set seed=1 --set training.schedule={type: eden}" in line for line in sent)
     assert "--stage 0 --stop-stage 2" in sent[0]
-    for name in ("stages.sbatch", "pretrain.sbatch"):
-        assert subprocess.run(["bash", "-n", str(ROAD / "slurm" / name)], check=False).returncode == 0
+    assert "--nodes=2 ../shared/pretrain.sbatch --recipe" in sent[3]
+    assert all((ROAD / name).is_file() for line in sent for name in line.split() if name.endswith(".sbatch"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shards", "0"], "--shards must be a number of at least 1, but is '0'"),
+        (["--nodes"], "--nodes is unknown or lacks its value"),
+        (["--set", "seed"], "--set must look like a.b=c"),
+        (["--node", "2"], "unknown option --node"),
+    ],
+)
+def test_submit_ends_with_code_2_when_usage_is_wrong(arguments: list[str], message: str) -> None:
+    done = subprocess.run([str(ROAD / "slurm" / "submit.sh"), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_run_makes_the_corpora_that_are_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -11,13 +12,13 @@ import pytest
 import yaml
 
 EGS = Path(__file__).resolve().parents[2] / "egs"
-SCRIPTS = sorted(EGS.rglob("*.sh"))
+SCRIPTS = sorted([*EGS.rglob("*.sh"), *EGS.rglob("*.sbatch")])
 ROADS = sorted(path.parent for path in EGS.glob("*/run.sh"))
 STAGES = ("manifests", "features", "quantizers", "tokens", "shards", "pretrain", "export", "evaluate")
 
 RUN = """
 set -euo pipefail
-stage=0; stop_stage=7; recipe=r.yaml; data=data; exp=exp; usage="Stages: 0 to 7."
+stage=0; stop_stage=7; recipe=r.yaml; corpora=c.yaml; data=data; exp=exp; usage="Stages: 0 to 7."
 . "{shared}/log.sh"
 . "{shared}/parse_options.sh"
 . "{shared}/stages.sh"
@@ -46,10 +47,23 @@ def test_run_calls_every_stage_once_in_order(road: Path) -> None:
 
 
 @pytest.mark.parametrize("road", ROADS, ids=lambda road: road.name)
+def test_run_hands_the_corpora_file_to_every_stage(road: Path, tmp_path: Path) -> None:
+    stub = tmp_path / "spear"
+    stub.write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/told\n')
+    stub.chmod(0o755)
+    environment = {**os.environ, "SPEAR": str(stub), "PYTHON": "true"}
+    arguments = ["--stage", "0", "--stop-stage", "6", "--corpora", "own corpora.yaml", "--data", str(tmp_path), "--exp", str(tmp_path)]
+    subprocess.run([str(road / "run.sh"), *arguments], check=True, capture_output=True, env=environment)
+    told = (tmp_path / "told").read_text().splitlines()
+    assert len(told) == 7
+    assert all(" --corpora own corpora.yaml --data " in line for line in told)
+
+
+@pytest.mark.parametrize("road", ROADS, ids=lambda road: road.name)
 def test_run_help_says_what_the_options_are(road: Path) -> None:
     done = subprocess.run([str(road / "run.sh"), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for option in ("--stage", "--stop-stage", "--recipe", "--data", "--exp", "--set"):
+    for option in ("--stage", "--stop-stage", "--recipe", "--corpora", "--data", "--exp", "--set"):
         assert option in done.stdout
 
 
@@ -65,10 +79,11 @@ def test_corpora_file_names_three_splits_of_each_corpus(road: Path) -> None:
 
 
 def test_parse_options_sets_what_is_given_and_keeps_the_rest(tmp_path: Path) -> None:
-    body = 'echo "$stage|$stop_stage|$recipe|$data|$exp|${overrides[*]:-}"'
-    assert bash(tmp_path, body).stdout == "0|7|r.yaml|data|exp|\n"
+    body = 'echo "$stage|$stop_stage|$recipe|$corpora|$data|$exp|${overrides[*]:-}"'
+    assert bash(tmp_path, body).stdout == "0|7|r.yaml|c.yaml|data|exp|\n"
     done = bash(tmp_path, body, "--stage", "-1", "--stop-stage=3", "--data", "a b", "--set", "seed=1", "--set", "training.steps=5")
-    assert done.stdout == "-1|3|r.yaml|a b|exp|--set seed=1 --set training.steps=5\n"
+    assert done.stdout == "-1|3|r.yaml|c.yaml|a b|exp|--set seed=1 --set training.steps=5\n"
+    assert bash(tmp_path, body, "--corpora", "own.yaml").stdout == "0|7|r.yaml|own.yaml|data|exp|\n"
 
 
 @pytest.mark.parametrize(

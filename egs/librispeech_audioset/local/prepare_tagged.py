@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -143,7 +144,8 @@ def split_of(clip: Clip, held_share: float) -> str:
 
 
 def prepare(layout: str, root: Path, out: Path, valid_share: float) -> dict[str, int]:
-    """Write ``cuts_{train,valid,test}.jsonl.gz``; returns cuts per split, and clips without a readable file as ``missing``.
+    """Write ``cuts_{train,valid,test}.jsonl.gz``, each at once when all are whole; returns cuts per split, and clips without a readable file as
+    ``missing``.
 
     Raises:
         DataError: a split has no cut.
@@ -151,8 +153,9 @@ def prepare(layout: str, root: Path, out: Path, valid_share: float) -> dict[str,
     out.mkdir(parents=True, exist_ok=True)
     counts = {"train": 0, "valid": 0, "test": 0, "missing": 0}
     seen: set[int] = set()
-    clips = LAYOUTS[layout](root)
-    writers = {split: CutSet.open_writer(out / f"cuts_{split}.jsonl.gz", overwrite=True) for split in ("train", "valid", "test")}
+    clips = LAYOUTS[layout](root.resolve())
+    unfinished = {split: out / f".cuts_{split}.jsonl.gz" for split in ("train", "valid", "test")}
+    writers = {split: CutSet.open_writer(path, overwrite=True) for split, path in unfinished.items()}
     with ThreadPoolExecutor(8) as pool:
         while chunk := list(islice(clips, CHUNK)):
             for clip, cut in zip(chunk, pool.map(make_cut, chunk)):
@@ -166,7 +169,11 @@ def prepare(layout: str, root: Path, out: Path, valid_share: float) -> dict[str,
                 counts[split] += 1
     for split, writer in writers.items():
         writer.close()
+        if counts[split]:
+            os.replace(unfinished[split], out / f"cuts_{split}.jsonl.gz")
+    for split, path in unfinished.items():
         if not counts[split]:
+            path.unlink(missing_ok=True)
             raise DataError(f"{root} gives no cut for the split {split} ({counts['missing']} files of the lists are missing)", cause="empty")
     return counts
 

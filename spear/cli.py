@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -31,11 +32,33 @@ EPILOG = "exit codes: 0 done, 1 something you can fix (one line says what), 2 wr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code.
+
+    A process that an error leaves joined with others does not return but ends here, see `spear.training.process_group`.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        code = _run(options)
+    except BaseException:
+        if not _is_joined():
+            raise
+        traceback.print_exc()
+        code = USER_ERROR
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if _is_joined():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the group's destructors would wait for the other processes
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Exit code of a command; tells in one line what went wrong."""
     try:
         code = options.action(options)
         return OK if code is None else int(code)
@@ -50,8 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"spear: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return USER_ERROR
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+
+
+def _is_joined() -> bool:
+    """Whether this process still belongs to a group of processes; torch is not imported for it."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and bool(dist.is_initialized())
 
 
 def _stop(number: int, _: FrameType | None) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spear.errors import ArtifactError, SpearError
+from spear.errors import ArtifactError, DataError, SpearError
 
 _CAUSES = {
     errno.ENOSPC: "no space left on the disk",
@@ -129,6 +129,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def check_names(names: Iterable[str], where: str = "") -> None:
+    """Refuse names of audio files that have no UTF-8: they fit into no manifest.
+
+    Args:
+        names: as Python gives them. where: what they are names in, for the message.
+    Raises:
+        DataError: names the first.
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            place = f"{where}: " if where else ""
+            raise DataError(f"{place}names of audio files must be UTF-8, but one is {name!a}", cause="id") from error
 
 
 def sha256(data: bytes) -> str:

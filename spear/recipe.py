@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spear.config import closest, load_config
@@ -97,8 +97,9 @@ class Run:
         """Whether cuts of `domain` are only mixed into others: a noise domain that the objective does not know."""
         if domain not in self.recipe.mixing.noise_domains:
             return False
+        objective = self.recipe.objective
         try:
-            return not self.recipe.objective.labels(domain)
+            return not (objective.labels(domain) or objective.frames(domain))
         except ConfigError:
             return True
 
@@ -137,11 +138,11 @@ def load_run(recipe: Path, corpora: Path, data: Path, exp: Path, overrides: Sequ
     """Read everything a stage is given and check it against each other.
 
     Raises:
-        ConfigError: a file is wrong, two corpora share a name, or a domain is unknown to the recipe.
+        ConfigError: a file is wrong, two corpora share a name, a weight is too large for a factor, or a domain is unknown to the recipe.
     """
     loaded = load_recipe(recipe, overrides)
     found = load_config(CorporaConfig, corpora).resolved(corpora.resolve().parent)
-    run = Run(loaded, list(found.corpora), data, exp)
+    run = Run(replace(loaded, sampling=found.sampling(loaded.sampling)), list(found.corpora), data, exp)
     for corpus in run.corpora:
         run.teachers_of(corpus.domain)
     return run

@@ -8,10 +8,15 @@ K entries of a codebook, L layers. ``lens`` are int64 (N,). ``padding_mask`` is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
+
+from spear.transfer import send
+
+AnyBatch = TypeVar("AnyBatch", bound="Batch")
 
 IGNORE = -100
 """Target value that carries no loss: padding, and teachers a cut's domain does not use. Never a failure."""
@@ -116,6 +121,7 @@ class Batch:
     beside the student, zero past target_lens[teacher] (N,) int64. ids, domains: one per item.
     second[teacher]: (N, T_teacher, C) int64, the other cut's token where two cuts sound (soft token mixing), else IGNORE; its
     probability is second_share (N,) float32 and that of the token in `tokens` the rest. Both are empty where nothing is mixed so.
+    host_lens: feature_lens on the CPU, for what would wait for a GPU to read them; `to` fills it in.
     """
 
     ids: list[str]
@@ -131,28 +137,29 @@ class Batch:
     second_share: Tensor | None = None
     audio: Tensor | None = None
     audio_lens: Tensor | None = None
+    host_lens: Tensor | None = None
 
-    def to(self, device: object) -> Batch:
-        """Copy to `device`; ids, domains and seconds are shared."""
+    def to(self: AnyBatch, device: object) -> AnyBatch:
+        """Copy to `device`, without waiting for it; all that is no tensor is shared."""
+        moved = self._with(lambda x: send(x, device))
+        if self.host_lens is None and self.feature_lens.device.type == "cpu":
+            moved.host_lens = self.feature_lens
+        return moved
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)  # type: ignore[call-overload, no-any-return]
+    def pin_memory(self: AnyBatch) -> AnyBatch:
+        """Copy to page-locked memory, from which `to` is fastest; torch's loaders call it."""
+        return self._with(Tensor.pin_memory)
 
-        return Batch(
-            ids=self.ids,
-            domains=self.domains,
-            features=move(self.features),
-            feature_lens=move(self.feature_lens),
-            seconds=self.seconds,
-            tokens={k: move(v) for k, v in self.tokens.items()},
-            token_lens={k: move(v) for k, v in self.token_lens.items()},
-            targets={k: move(v) for k, v in self.targets.items()},
-            target_lens={k: move(v) for k, v in self.target_lens.items()},
-            second={k: move(v) for k, v in self.second.items()},
-            second_share=None if self.second_share is None else move(self.second_share),
-            audio=None if self.audio is None else move(self.audio),
-            audio_lens=None if self.audio_lens is None else move(self.audio_lens),
-        )
+    def _with(self: AnyBatch, change: Callable[[Tensor], Tensor]) -> AnyBatch:
+        """A batch with all tensors changed but `host_lens`."""
+        changed: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor) and item.name != "host_lens":
+                changed[item.name] = change(value)
+            elif isinstance(value, dict):
+                changed[item.name] = {key: change(x) for key, x in value.items()}
+        return replace(self, **changed)
 
 
 class StepOutput(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "spear"
-BASE = {"errors", "types", "registry", "files", "progress", "bounds", "native"}
+BASE = {"errors", "types", "registry", "files", "progress", "bounds", "native", "transfer"}
 PARTS = {"config", "data", "quantizers", "models", "training"}
 MAY_IMPORT = {
     **{name: BASE - {name} for name in BASE},

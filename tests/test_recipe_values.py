@@ -1,4 +1,4 @@
-"""What docs/recipes.md says of the recipes besides SPEAR is what they hold."""
+"""What docs/recipes.md says of the recipes besides SPEAR, and what SPEAR published, is what they hold."""
 
 from __future__ import annotations
 
@@ -99,6 +99,35 @@ VALUES: dict[str, dict[str, Any]] = {
     }
     | {f"mixing.domains.speech.{key}": value for key, value in MIXING.items()},
 }
+
+
+SPEAR: dict[str, dict[str, Any]] = {
+    "spear_base": {"masking.time_prob": 0.65, "masking.channel_length": 20, "sampling.max_batch_s": 400, "training.schedule.lr_hours": 25_000},
+    "spear_large": {"sampling.max_batch_s": 300, "training.schedule.lr_hours": 75_000, "training.max_steps": 500_000},
+    "spear_speech_base": {"masking.time_prob": 0.5, "masking.channel_length": 15, "training.schedule.lr_hours": 30_000},
+    "spear_speech_large": {
+        "masking.time_prob": 0.5,
+        "sampling.max_batch_s": 400,
+        "training.max_steps": 500_000,
+        "training.schedule.lr_hours": 100_000,
+        "objective.weights": {"speech": {"speech": 1.0}},
+    },
+    "spear_audio_base": {
+        "masking.time_prob": 0.65,
+        "masking.channel_length": 20,
+        "sampling.max_batch_s": 600,
+        "training.max_steps": 250_000,
+        "training.schedule.lr_hours": 20_000,
+        "student.output_downsampling_factor": 2,
+        "objective.weights": {"audio": {"audio": 1.0}},
+        "quantizers.audio.num_codebooks": 8,
+        "mixing.domains.audio.p": 0.5,
+        "mixing.domains.audio.p_noise": 1,
+        "mixing.domains.audio.noise_snr_db": [10, 20],
+    },
+    "spear_audio_large": {"student.encoder_dim": 1024, "training.schedule.lr_hours": 20_000, "sampling.max_batch_s": 600},
+}
+VALUES |= {name: {"manifests.min_duration_s": 0.9, "training.optimizer.lr": 0.045, **keys} for name, keys in SPEAR.items()}
 
 
 def value(recipe: Recipe, key: str) -> Any:

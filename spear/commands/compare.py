@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import logging
 from collections.abc import Sequence
@@ -122,8 +123,8 @@ def gather(run: Run, name: str, teacher: Teacher, count: int) -> Sample:
     else:
         train, heldout = make_frames(run, corpora, teacher)
     paths = [manifest_path(run.data, corpus.name, "valid") for corpus in corpora]
-    cuts = [cut for path in paths if path.exists() for cut in read_cuts(path)]
-    cuts = sorted(cuts, key=lambda cut: seed_from(run.recipe.seed, "compare", cut.id))[:count]
+    valid = (cut for path in paths if path.exists() for cut in read_cuts(path))
+    cuts = heapq.nsmallest(count, valid, key=lambda cut: seed_from(run.recipe.seed, "compare", cut.id))
     if len(cuts) < 2:
         where = ", ".join(map(str, paths)) or "no corpus"
         raise DataError(f"comparing tokenizers needs at least 2 valid cuts, but {where} has {len(cuts)}", cause="empty")
@@ -141,16 +142,19 @@ def gather(run: Run, name: str, teacher: Teacher, count: int) -> Sample:
 def make_frames(run: Run, corpora: Sequence[Any], teacher: Teacher) -> tuple[Tensor, Tensor]:
     """Training and held-out frames as the stage `features` would choose them, in memory."""
     config, seed = run.recipe.features, run.recipe.seed
-    paths = [find_manifest(run.data, corpus.name, "train") for corpus in corpora]
+    paths = {corpus.name: find_manifest(run.data, corpus.name, "train") for corpus in corpora}
     found = []
-    for picks in reversed(plan(teacher, itertools.chain.from_iterable(read_cuts(path) for path in paths), config, seed)):
+    for picks in reversed(plan(teacher, {corpus: read_cuts(path) for corpus, path in paths.items()}, config, seed)):
         wanted = {pick.cut.id: pick.frames for pick in picks}
         outcomes = itertools.chain.from_iterable(
             extract_cuts(teacher, [pick.cut for pick in picks], batch_seconds=config.batch_seconds, device=default_device())
         )
-        good = {item.cut_id: item.features for item in outcomes if item.features is not None}
-        rows = [choose_frames(good[cut_id].cpu(), frames, seed, cut_id) for cut_id, frames in wanted.items() if cut_id in good]
+        # only what is chosen stays, off the device
+        good = {
+            item.cut_id: choose_frames(item.features.cpu(), wanted[item.cut_id], seed, item.cut_id) for item in outcomes if item.features is not None
+        }
+        rows = [good[cut_id] for cut_id in wanted if cut_id in good]
         if not rows:
-            raise DataError(f"no cut of {', '.join(map(str, paths))} gives frames of {teacher.name}", cause="empty")
+            raise DataError(f"no cut of {', '.join(map(str, paths.values()))} gives frames of {teacher.name}", cause="empty")
         found.append(torch.cat(rows))
     return found[0], found[1]

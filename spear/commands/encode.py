@@ -21,7 +21,7 @@ from spear.errors import ConfigError, DataError
 from spear.export.audio import read_audio
 from spear.export.encoder import AudioEncoder, load_encoder
 from spear.export.long_audio import OVERLAP_S, WINDOW_S, AudioFile
-from spear.files import make_folder, write_atomic
+from spear.files import check_names, make_folder, write_atomic
 from spear.progress import track
 from spear.types import EncoderOutput
 
@@ -73,9 +73,10 @@ def existing_files(files: Sequence[Path]) -> list[Path]:
     """The distinct files, all of which are there.
 
     Raises:
-        DataError: one is not; names it.
+        DataError: one is not, or its name is not UTF-8; names it.
     """
     found = list(dict.fromkeys(Path(file) for file in files))
+    check_names(map(str, found))
     for file in found:
         if not file.is_file():
             raise DataError(f"{file} is not a file", cause="missing_file")
@@ -137,11 +138,11 @@ def _encode(encoder: AudioEncoder, file: Path, layer: str | int, window_s: float
 
 
 def select(output: EncoderOutput, layer: str | int) -> _Array:
-    """(T, D) or (L, T, D) float32 of the one item in `output`."""
+    """(T, D) or (L, T, D) float32 of the one item in `output`, which may be on any device."""
     if layer == "all":
-        return torch.stack([state[0] for state in output.hidden_states]).float().numpy()
+        return torch.stack([state[0] for state in output.hidden_states]).float().cpu().numpy()
     chosen = output.hidden_states[layer] if isinstance(layer, int) else output.features
-    return chosen[0].float().numpy()
+    return chosen[0].float().cpu().numpy()
 
 
 def _write_npz(path: Path, pieces: Iterator[_Array], others: Mapping[str, Any]) -> None:

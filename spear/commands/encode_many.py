@@ -24,7 +24,7 @@ from spear.errors import ConfigError, DataError
 from spear.export.encoder import AudioEncoder, load_encoder
 from spear.export.long_audio import WINDOW_S
 from spear.export.source import fingerprint_source, read_source
-from spear.files import make_folder, sha256_json, write_atomic, writing
+from spear.files import check_names, make_folder, sha256_json, write_atomic, writing
 from spear.progress import Meter
 from spear.stages.artifact import Artifact
 from spear.types import EncoderOutput
@@ -119,6 +119,7 @@ def find_cuts(inputs: Sequence[Path]) -> list[MonoCut]:
 
 
 def _whole(file: Path, name: str) -> MonoCut:
+    check_names([str(file)])
     recording = open_recording(file, name)
     cut = MonoCut(name, 0.0, recording.duration, 0, supervisions=[], recording=recording)
     if recording.num_channels > 1:

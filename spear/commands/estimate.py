@@ -15,7 +15,9 @@ from spear.stages.manifests import THREADS
 from spear.types import TokenSpec
 
 MANIFEST_BYTES_PER_CUT = 150
-"""Of a compressed line."""
+"""Of a compressed line, where no manifest is there to go by."""
+TAR_BYTES = 2048
+"""What a cut's tokens of one teacher take in shards beside the codes: heads and padding of a tar's member."""
 FLAC_BYTES_PER_S = 20_000
 """Where none was measured."""
 STATE_BYTES = 4 + 8 + 8
@@ -56,11 +58,11 @@ def _needs(run: Run, scans: dict[str, list[Scan]], specs: dict[str, TokenSpec], 
     reading = measured.read * min(THREADS, os.cpu_count() or 1)
     full = recipe.manifests.check_audio == "full"
     took = (hours / reading if reading else None) if full else None
-    yield Need("manifests", f"{cuts} cuts, {hours:.1f} h of audio {'decoded' if full else 'looked at'}", took, cuts * MANIFEST_BYTES_PER_CUT)
+    yield Need("manifests", f"{cuts} cuts, {hours:.1f} h of audio {'decoded' if full else 'looked at'}", took, _manifest_bytes(run, scans))
     for name, spec in specs.items():
         yield from _teacher_needs(run, name, spec, kept, measured)
     size = sum(kept.values()) * 3600 * (measured.flac_bytes_per_s or FLAC_BYTES_PER_S)
-    token_size = sum(_token_bytes(run, name, spec, kept) for name, spec in specs.items())
+    token_size = sum(_token_bytes(run, name, spec, kept) + TAR_BYTES * _labelled_cuts(run, name, scans) for name, spec in specs.items())
     speed = 1 / (1 / measured.flac + 1 / measured.read) if measured.flac and measured.read else 0.0
     yield Need(
         "shards", f"{sum(kept.values()):.1f} h of audio as FLAC, with tokens", sum(kept.values()) / speed if speed else None, size + token_size
@@ -92,6 +94,25 @@ def _teacher_needs(run: Run, name: str, spec: TokenSpec, kept: dict[str, float],
     both = measured.tokens.get(name) or speed
     what = f"{labelled:.1f} h of audio through {name}{'' if name in measured.tokens else ' (its quantizer is not fitted yet and not counted)'}"
     yield Need("tokens", what, labelled / both if both else None, _token_bytes(run, name, spec, kept))
+
+
+def _manifest_bytes(run: Run, scans: dict[str, list[Scan]]) -> float:
+    """Of the manifests: those of corpora that come as compressed manifests are about as large again."""
+    size = 0.0
+    for corpus in run.corpora:
+        for part in scans.get(corpus.name, ()):
+            given = Path(str(getattr(corpus.source, part.split, "")))
+            known = given.suffix == ".gz" and given.is_file()
+            size += given.stat().st_size if known else part.cuts * MANIFEST_BYTES_PER_CUT
+    return size
+
+
+def _labelled_cuts(run: Run, name: str, scans: dict[str, list[Scan]]) -> int:
+    """Cuts whose tokens of a teacher are put into shards."""
+    if run.recipe.tokens.source == "online":
+        return 0
+    labelled = (scans.get(corpus.name, ()) for corpus in run.corpora if name in run.teachers_of(corpus.domain))
+    return sum(part.cuts for parts in labelled for part in parts if part.split != "test")
 
 
 def _labelled_hours(run: Run, name: str, kept: dict[str, float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,11 +84,12 @@ def finetune(recipe: Path, corpora: Path, data: Path, exp: Path, overrides: Sequ
         ArtifactError: EXP or the manifests were made from other inputs. StopRequested: a signal came and everything is saved.
     """
     found = load_config(CorporaConfig, corpora).resolved(corpora.resolve().parent)
-    run = FinetuneRun(load_config(FinetuneRecipe, recipe, overrides), list(found.corpora), data, exp)
+    loaded = load_config(FinetuneRecipe, recipe, overrides)
+    run = FinetuneRun(replace(loaded, sampling=found.sampling(loaded.sampling)), list(found.corpora), data, exp)
     with process_group(run.recipe.training.device) as world:
-        if world.is_main:
-            manifests.run(cast("Run", run))
-        world.barrier()
+        with world.main_first():
+            if world.is_main:
+                manifests.run(cast("Run", run))
         source = starting_source(run.recipe.encoder, data)
         inputs = {path.name: sha256_file(path) for path in _manifests(run)}
         if source is not None:

@@ -17,6 +17,7 @@ from spear.models.student import Student
 from spear.objectives import PretrainModule
 from spear.recipe import Run
 from spear.teachers.base import Teacher, default_device, extract
+from spear.training.precision import autocast
 from spear.types import Batch, FrameSpec, TokenSpec
 
 LISTEN_S = 20.0
@@ -123,20 +124,32 @@ def measure_student(run: Run, specs: dict[str, TokenSpec], frames: dict[str, Fra
     if not domains:
         raise DataError("there is nothing to train on: all corpora only give noise", cause="empty")
     longest_s = min(recipe.manifests.max_duration_s, recipe.sampling.max_batch_s)
-    for length_s in (longest_s, min(max(recipe.manifests.min_duration_s, 0.5), longest_s)):
+    lengths = [longest_s, min(max(recipe.manifests.min_duration_s, 0.5), longest_s)]
+    if device.type == "cuda":
+        lengths.insert(0, longest_s)  # the first pass of a GPU loads and chooses kernels; it is not the one that is timed
+    for number, length_s in enumerate(lengths):
         batch = _random_batch(length_s, recipe.sampling.max_batch_s, domains, encoder.num_mel_bins, specs, frames).to(device)
+        _wait(device)
         start = time.monotonic()
         try:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+            with autocast(recipe.training.precision, device):
                 output = module(batch, torch.Generator().manual_seed(0))
             (output.loss / output.count.clamp(min=1)).backward()  # type: ignore[no-untyped-call]
+            _wait(device)
         except torch.OutOfMemoryError as error:
             raise SpearError(
                 f"`sampling.max_batch_s` {recipe.sampling.max_batch_s:g} does not fit into the memory of {device}: choose less"
             ) from error
+        if number == len(lengths) - 2:  # of the longest cuts
+            measured.student = batch.seconds / max(time.monotonic() - start, 1e-6)
         if not torch.isfinite(output.loss):
             raise SpearError(f"the loss of a first batch is {output.loss.item()}")
-        measured.student = measured.student or batch.seconds / max(time.monotonic() - start, 1e-6)
+
+
+def _wait(device: torch.device) -> None:
+    """Let a GPU finish what it was given, so that the clock measures its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _random_batch(

@@ -27,6 +27,7 @@ from spear.files import read_json
 from spear.quantizers import load_quantizer
 from spear.quantizers.card import entry_counts
 from spear.recipe import Run
+from spear.stages.agreement import check_quantizer
 from spear.stages.artifact import DONE, fingerprint_of, read_artifact
 from spear.stages.pretrain import initial_encoder
 from spear.stages.tokens import check_collapse, entropy_bits
@@ -80,6 +81,7 @@ def preflight(run: Run, say: Say) -> int:
         _check_corpus(run, corpus, labels, found)
     _note_domains(run, found)
     _note_shared_files(run, found)
+    _note_shared_ids(found)
     for name in run.recipe.evaluation.tasks:
         with found.check(f"task {name}: its corpora have labels in every split"):
             labels.require(name)
@@ -192,6 +194,16 @@ def _note_shared_files(run: Run, found: Findings) -> None:
                 found.note(f"corpus {name}: {len(shared)} audio files of train are in valid or test of a corpus, too, such as {example}")
 
 
+def _note_shared_ids(found: Findings) -> None:
+    """Say where two corpora have cuts of one id; every corpus must be free of that in itself (see `_require_unique`)."""
+    ids = {name: np.unique(np.concatenate([part.ids for part in scans])) for name, scans in found.scans.items()}
+    doubtful = np.array(sorted(repeated(ids.values())), np.int64)
+    shared = {name: int(np.isin(own, doubtful, assume_unique=True).sum()) for name, own in ids.items()}
+    if len(doubtful):
+        named = ", ".join(f"{name} {count}" for name, count in shared.items() if count)
+        found.note(f"cuts of several corpora share their ids ({named}): they are kept apart by their corpus, but reports name ids only")
+
+
 def _check_sampling(run: Run, found: Findings) -> None:
     """Plan the batches from the durations, as training will, and find one in the middle of the run."""
     config, mixing, lengths = run.recipe.sampling, run.recipe.mixing, []
@@ -261,11 +273,13 @@ def _spec(run: Run, name: str, teacher: Teacher) -> TokenSpec:
 
 
 def _quantizer(run: Run, name: str, teacher: Teacher) -> Any:
-    """The fitted quantizer of a teacher, None where there is none yet; features, quantizer and token stores must be of this teacher."""
+    """The fitted quantizer of a teacher, None where there is none yet; features, quantizer and token stores must be of this teacher, the
+    quantizer of the recipe's settings."""
     for kind in ("features", "quantizers"):
         folder = run.data / kind / name
         if (folder / DONE).exists() and read_artifact(folder)["inputs"].get("teacher") != teacher.fingerprint():
             raise ArtifactError(f"{folder} was made with another teacher than `teachers.{name}`: remove it and what was made from it")
+    check_quantizer(run, name)
     folder = run.data / "quantizers" / name
     if not (folder / DONE).exists():
         return None

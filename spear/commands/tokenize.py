@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from spear.commands.encode import existing_files, output_names
-from spear.data.audio import load_audio_file
+from spear.data.prepare import load_as_stages
 from spear.errors import ConfigError, DataError
 from spear.files import make_folder, write_bytes
 from spear.progress import track
@@ -41,7 +41,7 @@ def tokenize_files(options: argparse.Namespace) -> None:
     make_folder(options.out)
     names = output_names(files, options.out)
     for path, target in track(names.items(), "tokenize", len(names), unit="files"):
-        audio = torch.from_numpy(load_audio_file(path, teacher.sample_rate))
+        audio = torch.from_numpy(load_as_stages(path, teacher.sample_rate))
         if teacher.num_frames(len(audio)) < 1:
             raise DataError(f"{path} is too short for one frame of {teacher.name}", cause="too_short")
         frames = extract(teacher, [audio], torch.device("cpu"))[0]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from lhotse.cut import Cut
 
 from spear.bounds import within
+from spear.data.sampler import SamplingConfig, check_weights
 from spear.errors import ConfigError
 from spear.registry import Registry
 
@@ -93,7 +94,7 @@ class CorpusConfig:
     source: SourceConfig
     """Where its cuts come from."""
     weight: float = 1.0
-    """Factor on the hours of its training split when corpora are mixed; 2 hears everything twice an epoch."""
+    """Factor on the hours of its training split when corpora are mixed, 2 hears everything twice an epoch; or hours (`CorporaConfig.weights`)."""
     min_duration_s: float | None = None
     """Overrides the recipe's shortest cut in seconds for this corpus."""
     max_duration_s: float | None = None
@@ -127,6 +128,8 @@ class CorporaConfig:
 
     corpora: list[CorpusConfig]
     """At least one; names are unique."""
+    weights: Literal["factors", "hours"] | None = None
+    """What every `weight` is, in place of the recipe's `sampling.weights`; none: as the recipe says."""
 
     def __post_init__(self) -> None:
         if not self.corpora:
@@ -140,6 +143,16 @@ class CorporaConfig:
     def resolved(self, folder: Path) -> CorporaConfig:
         """The same corpora with absolute paths, relative ones starting from `folder` (the corpora file's)."""
         return replace(self, corpora=[replace(corpus, source=corpus.source.resolved(folder)) for corpus in self.corpora])
+
+    def sampling(self, config: SamplingConfig) -> SamplingConfig:
+        """A recipe's `sampling` with this file's word on what its weights are.
+
+        Raises:
+            ConfigError: a weight is too large for a factor.
+        """
+        chosen = config if self.weights is None else replace(config, weights=self.weights)
+        check_weights({corpus.name: corpus.weight for corpus in self.corpora}, chosen)
+        return chosen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,12 +40,13 @@ def ordered_loader(make: Callable[[int], Batch], numbers: Sequence[int], num_wor
 
     Args:
         make: a pure function of n; may raise a SpearError. numbers: may be a range of any length. num_workers: processes; 0 works in this one.
-        prefetch: batches that each process keeps ready.
+        prefetch: batches that each process keeps ready, in page-locked memory where this process works on a GPU.
     """
     if num_workers == 0:
         yield from map(make, numbers)
         return
     settings: dict[str, Any] = {"num_workers": num_workers, "prefetch_factor": prefetch, "collate_fn": _same}
+    settings["pin_memory"] = torch.cuda.is_available() and torch.cuda.is_initialized()
     for made in DataLoader(_Batches(make), batch_size=None, sampler=_Numbers(numbers), **settings):
         if isinstance(made, SpearError):
             raise made

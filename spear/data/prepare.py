@@ -14,10 +14,13 @@ from lhotse.cut import Cut, MonoCut
 from lhotse.supervision import AlignmentItem
 from lhotse.utils import compute_num_samples, fastcopy
 
-from spear.data.audio import DOWNMIX, TOLERANCE_S, audio_path, load_audio, open_recording
+from spear.data.audio import DOWNMIX, TOLERANCE_S, Audio, audio_path, load_audio, open_recording
 from spear.data.corpora import CorpusConfig, ManifestsConfig, SourceItem
 from spear.data.fbank import SAMPLE_RATE
 from spear.errors import DataError
+
+FULL_SCALE, TOO_LOUD = 1.0, 2.0
+"""Largest absolute sample of a sound file, and the one above which the samples are on another scale than [-1, 1]."""
 
 
 @dataclass(slots=True)
@@ -31,10 +34,14 @@ class Prepared:
     """Reason -> cuts left out on purpose: too_short, too_long, excluded."""
     silent: int = 0
     """Cuts without any sound; they are kept."""
+    clipped: int = 0
+    """Cuts with samples beyond full scale, which 16-bit FLAC in shards clips; they are kept."""
 
 
 def prepare(item: SourceItem, corpus: CorpusConfig, config: ManifestsConfig) -> Prepared:
     """Turn one item into cuts; a pure function of its arguments and the audio on the disk.
+
+    `ManifestsConfig.exclude` leaves out whole items by their ids and windows of long ones by theirs.
 
     Raises:
         DataError: the cut's id cannot name a file of a shard.
@@ -64,12 +71,17 @@ def prepare(item: SourceItem, corpus: CorpusConfig, config: ManifestsConfig) -> 
         result.skipped["too_short"] += 1
         return result
     for window in split_long(cut, high):
+        if window is not cut and window.id in config.exclude:
+            result.skipped["excluded"] += 1
+            continue
         try:
-            silent = _check(window, config)
+            peak = _check(window, config)
         except DataError as error:
             result.failures.append(_failure(window.id, item.origin, error.cause, str(error)))
             continue
-        result.silent += silent
+        if peak is not None:
+            result.silent += peak < config.silence_peak
+            result.clipped += peak > FULL_SCALE
         result.cuts.append(window)
     return result
 
@@ -78,8 +90,10 @@ def check_id(cut_id: str, origin: str) -> None:
     """Refuse ids that cannot be a member's name in a tar file.
 
     Raises:
-        DataError: the id is empty, absolute, has empty or dotted parts, or holds a control character.
+        DataError: the id is no text, is empty, absolute, has empty or dotted parts, or holds a control character.
     """
+    if not isinstance(cut_id, str):  # JSON has numbers too
+        raise DataError(f"a cut's id must be text, but is {cut_id!r} ({origin})", cause="id")
     clean = cut_id and str(PurePosixPath(cut_id)) == cut_id and not cut_id.startswith("/") and ".." not in PurePosixPath(cut_id).parts
     if not clean or cut_id == "." or not cut_id.isprintable():
         raise DataError(f"a cut's id must be a plain relative name without control characters, but is {cut_id!r} ({origin})", cause="id")
@@ -91,9 +105,24 @@ def to_mono(cut: Cut, corpus: CorpusConfig) -> MonoCut:
     Several channels are averaged when the audio is read through `load_audio` (custom field ``downmix``). All other custom
     fields, labels and alignments stay.
     """
+    return _to_mono(cut, {"domain": corpus.domain, "corpus": corpus.name})
+
+
+def load_as_stages(path: Path, sample_rate: int) -> Audio:
+    """Samples of a whole audio file as the stages hear it: at 16 kHz first, whatever the rate that is wanted; channels averaged.
+
+    Returns:
+        (S,) float32 in [-1, 1] at `sample_rate` Hz.
+    Raises:
+        DataError: as `spear.data.audio.load_audio`; names the file.
+    """
+    return load_audio(_to_mono(open_recording(path, path.stem).to_cut(), {}), sample_rate)
+
+
+def _to_mono(cut: Cut, more: dict[str, str]) -> MonoCut:
     recording = cut.recording if cut.sampling_rate == SAMPLE_RATE else cut.recording.resample(SAMPLE_RATE)
     channels = list(cut.channel) if isinstance(cut.channel, (list, tuple, set)) else [cut.channel]
-    custom = {**(cut.custom or {}), "domain": corpus.domain, "corpus": corpus.name}
+    custom = {**(cut.custom or {}), **more}
     if len(channels) > 1:
         custom[DOWNMIX] = sorted(channels)
     samples = min(compute_num_samples(cut.duration, SAMPLE_RATE), compute_num_samples(max(recording.duration - cut.start, 0.0), SAMPLE_RATE) + 1)
@@ -151,17 +180,21 @@ def _supervision(part: SupervisionSegment, new_id: str, start: float, duration: 
     return fastcopy(part, id=new_id, start=inside[0], duration=inside[1], text=text, alignment=alignment or None)
 
 
-def _check(cut: MonoCut, config: ManifestsConfig) -> bool:
-    """Whether the cut is silent; raises DataError where its audio is not what the manifest says."""
+def _check(cut: MonoCut, config: ManifestsConfig) -> float | None:
+    """Largest absolute sample, None where only the header is read; raises DataError where the audio is not what the manifest says."""
     if config.check_audio == "full":
-        return bool(np.abs(load_audio(cut)).max() < config.silence_peak)
+        peak = float(np.abs(load_audio(cut)).max())
+        if peak > TOO_LOUD:
+            message = f"cut {cut.id} ({audio_path(cut)}): samples must be between -1 and 1, but reach {peak:g}: write the file anew on that scale"
+            raise DataError(message, cause="too_loud")
+        return peak
     for source in cut.recording.sources:
         if source.type == "file":
             found = open_recording(Path(source.source), cut.recording.id)
             if found.duration < cut.end - TOLERANCE_S and all(_keeps_time(part) for part in cut.recording.transforms or []):
                 message = f"cut {cut.id} ({audio_path(cut)}): must reach to {cut.end:g} s, but the file ends at {found.duration:g} s"
                 raise DataError(message, cause="length_mismatch")
-    return False
+    return None
 
 
 def _keeps_time(transform: object) -> bool:

@@ -23,6 +23,8 @@ from spear.files import seed_from
 
 Ints = npt.NDArray[np.int64]
 CACHED_BUCKETS = 64
+MOST_OFTEN = 100
+"""Largest `weight` that may be a factor: what is heard more often in an epoch is drawn with `temperature`, and larger numbers are hours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,12 +75,29 @@ class Lengths:
         return float(self.samples.sum()) / SAMPLE_RATE / 3600
 
 
+def check_weights(weights: Mapping[str, float], config: SamplingConfig) -> None:
+    """Refuse hours that would be taken for factors.
+
+    Args:
+        weights: corpus -> weight.
+    Raises:
+        ConfigError: a factor is above `MOST_OFTEN`.
+    """
+    for name, weight in weights.items() if config.weights == "factors" else ():
+        if weight > MOST_OFTEN:
+            rule = f"`weight` is a factor on a corpus's own hours and must be at most {MOST_OFTEN}"
+            raise ConfigError(
+                f"{rule}, but is {weight:g} (corpus {name}); for hours set `sampling.weights: hours`, or `weights: hours` in the corpora file"
+            )
+
+
 def repeats(corpora: Sequence[Lengths], config: SamplingConfig) -> list[float]:
     """How often each corpus is heard per epoch.
 
     Raises:
-        ConfigError: every corpus has weight 0.
+        ConfigError: every corpus has weight 0, or a factor is too large (see `check_weights`).
     """
+    check_weights({corpus.name: corpus.weight for corpus in corpora}, config)
     own = [corpus.hours for corpus in corpora]
     wanted = [corpus.weight if config.weights == "hours" else corpus.weight * hours for corpus, hours in zip(corpora, own)]
     total = sum(wanted)
@@ -186,15 +205,44 @@ def _make_buckets(used: Sequence[tuple[int, Lengths]], factors: Sequence[float],
     edges = np.unique(samples[order][np.minimum(np.searchsorted(audio, wanted), len(order) - 1)])  # a bucket's largest length
     edges = np.append(edges[edges < samples.max()], samples.max())
     corpora = dict(used)
-    homes = [(i, corpus, np.searchsorted(edges, corpus.samples)) for i, corpus in used]
+    found: list[list[_Cell]] = [[] for _ in edges]
+    for i, corpus in used:
+        for b, cell in _cells(i, np.searchsorted(edges, corpus.samples), len(edges), factors[i]).items():
+            found[b].append(cell)
     buckets = []
-    for b, edge in enumerate(edges):
-        found = [(i, np.flatnonzero(home == b), factors[i]) for i, _, home in homes]
-        cells = tuple(_Cell(i, cuts, max(1, round(len(cuts) * factor))) for i, cuts, factor in found if len(cuts))
+    for edge, row in zip(edges, found):
+        cells = tuple(row)
         draws = sum(cell.draws for cell in cells)
         size = max(1, int(config.max_batch_s * SAMPLE_RATE // max(int(edge), _longest_mixture(cells, corpora))))
         buckets.append(_Bucket(cells, draws, -(-draws // size)))
     return buckets
+
+
+def _cells(corpus: int, home: Ints, num_buckets: int, factor: float) -> dict[int, _Cell]:
+    """Bucket -> the corpus's cuts in it, with round(M * factor) draws in all, shared out by largest remainder.
+
+    Where a bucket's cuts would have less than one draw, they join those of the next longer bucket; the last ones have one draw all the same.
+
+    Args:
+        home: (M,) bucket of every cut. factor: how often each is heard per epoch.
+    """
+    groups: list[tuple[int, Ints]] = []
+    waiting = np.zeros(0, np.int64)
+    for b in range(num_buckets):
+        cuts = np.flatnonzero(home == b)
+        if not len(cuts):
+            continue
+        waiting = np.union1d(waiting, cuts)
+        if len(waiting) * factor >= 1 - 1e-9:  # factors come out of a division
+            groups.append((b, waiting))
+            waiting = np.zeros(0, np.int64)
+    if len(waiting):
+        groups.append((int(home.max()), waiting))
+    shares = np.array([max(1.0, len(cuts) * factor) for _, cuts in groups])
+    draws = np.floor(shares).astype(np.int64)
+    missing = max(0, round(len(home) * factor) - int(draws.sum()))
+    draws[np.argsort(draws - shares, kind="stable")[:missing]] += 1
+    return {b: _Cell(corpus, cuts, int(n)) for (b, cuts), n in zip(groups, draws)}
 
 
 def _longest_mixture(cells: Sequence[_Cell], corpora: Mapping[int, Lengths]) -> int:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import tarfile
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,13 +24,13 @@ from torch import Tensor
 from spear.bounds import at_least
 from spear.data.audio import DOWNMIX, Audio, load_audio
 from spear.data.fbank import SAMPLE_RATE
+from spear.data.open_files import FILES, new_owner
 from spear.errors import ArtifactError, ConfigError, DataError
 from spear.files import read_json, read_tensors, void, write_atomic, write_bytes, write_json, write_tensors
 from spear.types import TokenSpec
 
 Codes = npt.NDArray[Any]
 AUDIO_FIELD, FORMAT = "recording", 1
-OPEN_FILES = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +90,9 @@ def check_codes(cut_id: str, teacher: str, codes: Codes, seconds: float, spec: T
 def write_shard(folder: Path, number: int, cuts: Sequence[MonoCut], stores: Mapping[str, Tokens], config: ShardsConfig) -> dict[str, Tensor]:
     """Write the tar files and the manifest of one shard; the same cuts give the same bytes.
 
+    Cuts start at 0 and have channel 0, as their audio does. Arrays over time among the custom fields move with them; a recording among them
+    is left out where its cut does not start at 0, as Lhotse would read another stretch of it.
+
     Args:
         folder: of the split. number: of the shard. cuts: its cuts. stores: teacher -> tokens.
     Returns:
@@ -108,14 +109,16 @@ def write_shard(folder: Path, number: int, cuts: Sequence[MonoCut], stores: Mapp
         seconds = len(signal) / SAMPLE_RATE
         recording = _recording(cut, len(signal))
         audio.add(cut.id, ".flac", flac_bytes(signal), recording.to_dict())
-        custom = {key: value for key, value in (cut.custom or {}).items() if key != DOWNMIX}
+        custom = _moved_to_zero(cut)
         for teacher, store in stores.items():
             codes = np.ascontiguousarray(store[cut.id])
             check_codes(cut.id, teacher, codes, seconds, store.spec, config)
             array = _array(codes, store.spec.frame_rate_hz)
             tokens[teacher].add(cut.id, ".npy", _npy(codes), array.to_dict())
             custom[token_field(teacher)] = array
-        ready = fastcopy(cut, start=0.0, duration=seconds, channel=0, recording=recording, features=None, custom=custom)
+        parts = [fastcopy(part, channel=0) for part in cut.supervisions]
+        place: dict[str, Any] = {"start": 0.0, "duration": seconds, "channel": 0}
+        ready = fastcopy(cut, **place, recording=recording, features=None, custom=custom, supervisions=parts)
         lines.append((json.dumps(ready.to_dict(), ensure_ascii=False) + "\n").encode())
         samples.append(len(signal))
     places = {AUDIO_FIELD: audio.write(shard_path(folder, AUDIO_FIELD, number))}
@@ -133,7 +136,9 @@ def write_shard(folder: Path, number: int, cuts: Sequence[MonoCut], stores: Mapp
 
 
 def write_token_shard(folder: Path, number: int, cuts: Sequence[MonoCut], field: str, store: Tokens, config: ShardsConfig) -> None:
-    """Write the cuts of one shard and their codes, without audio: the tar has the bytes of the one that `write_shard` writes.
+    """Write the cuts of one shard and their codes, without audio; of cuts that start at 0, the tar has the bytes that `write_shard` writes.
+
+    Cuts keep their start, which is also that of their codes.
 
     Raises:
         DataError: a cut has no codes, or they do not fit its duration.
@@ -142,7 +147,7 @@ def write_token_shard(folder: Path, number: int, cuts: Sequence[MonoCut], field:
     for cut in cuts:
         codes = np.ascontiguousarray(store[cut.id])
         check_codes(cut.id, field, codes, cut.duration, store.spec, config)
-        array = _array(codes, store.spec.frame_rate_hz)
+        array = _array(codes, store.spec.frame_rate_hz, float(cut.start))
         tar.add(cut.id, ".npy", _npy(codes), array.to_dict())
         ready = fastcopy(cut, custom={**(cut.custom or {}), field: array})
         lines.append((json.dumps(ready.to_dict(), ensure_ascii=False) + "\n").encode())
@@ -221,17 +226,20 @@ class ShardReader:
         self._ids, self._id_ends = index["ids"].tobytes(), index["id_ends"]
         self._places = {name: index[name] for name in (AUDIO_FIELD, *map(token_field, self.specs))}
         self._starts = np.concatenate([[0], np.cumsum(index["shard_sizes"])])
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._owner = new_owner()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {name: value for name, value in self.__dict__.items() if name != "_owner"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _owner=new_owner())
 
     def __del__(self) -> None:
-        for handle in getattr(self, "_open", {}).values():
-            os.close(handle)
+        if hasattr(self, "_owner"):
+            FILES.drop(self._owner)
 
     @property
     def hours(self) -> float:
@@ -278,21 +286,12 @@ class ShardReader:
         path = shard_path(self.folder, field, shard)
         offset, size = (int(value) for value in self._places[field][number])
         try:
-            payload = os.pread(self._handle(path), size, offset)
+            payload = FILES.read(self._owner, path, offset, size)
         except OSError as error:
             raise DataError(f"cut {self.id(number)} in {path}: cannot be read: {error.strerror}", cause="missing_file") from error
         if len(payload) != size:
             raise DataError(f"cut {self.id(number)} in {path}: the file is shorter than its index says", cause="length_mismatch")
         return payload, path
-
-    def _handle(self, path: Path) -> int:
-        if path in self._open:
-            self._open.move_to_end(path)
-        else:
-            self._open[path] = os.open(path, os.O_RDONLY)
-            if len(self._open) > OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        return self._open[path]
 
 
 class _Tar:
@@ -344,6 +343,17 @@ def _recording(cut: MonoCut, samples: int) -> Recording:
     )
 
 
-def _array(codes: Codes, frame_rate_hz: float) -> TemporalArray:
+def _moved_to_zero(cut: MonoCut) -> dict[str, Any]:
+    """Custom fields of `cut` for a copy that starts at 0."""
+    moved: dict[str, Any] = {}
+    for key, value in (cut.custom or {}).items():
+        if isinstance(value, TemporalArray):
+            moved[key] = fastcopy(value, start=value.start - cut.start)
+        elif key != DOWNMIX and not (isinstance(value, Recording) and cut.start > 0 and not cut.custom.get(f"{key}_unaligned")):
+            moved[key] = value
+    return moved
+
+
+def _array(codes: Codes, frame_rate_hz: float, start_s: float = 0.0) -> TemporalArray:
     array = Array(storage_type="shar", storage_path="", storage_key="", shape=list(codes.shape))
-    return TemporalArray(array=array, temporal_dim=0, frame_shift=1 / frame_rate_hz, start=0.0)
+    return TemporalArray(array=array, temporal_dim=0, frame_shift=1 / frame_rate_hz, start=start_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from spear.data.audio import open_recording
 from spear.data.corpora import SPLITS, SourceConfig, SourceItem, expand
 from spear.data.scan import Entry, manifest_entries
 from spear.errors import ConfigError, DataError
-from spear.files import seed_from, sha256_file, sha256_json
+from spear.files import check_names, seed_from, sha256_file, sha256_json
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 HEADERS = 5000
@@ -106,9 +107,11 @@ class FolderSource(SourceConfig):
         return [split for split in SPLITS if shares[split] > 0]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names and sizes of the audio files."""
+        """SHA-256 over the names and sizes of the audio files, and over all settings but the path."""
         root = Path(self.path)
-        return sha256_json([[name, (root / name).stat().st_size] for name in self._names()])
+        shares = {"valid_share": float(self.valid_share), "test_share": float(self.test_share)}
+        files = [[name, (root / name).stat().st_size] for name in self._names()]
+        return sha256_json({"files": files, **shares, "seed": self.seed, "label": self.label})
 
     def files(self, split: str) -> Iterator[SourceItem]:
         """See SourceConfig; files are sorted by their path."""
@@ -141,13 +144,11 @@ class FolderSource(SourceConfig):
         """Paths of all audio files below the folder, relative to it, sorted part by part."""
         root = _existing(Path(self.path), folder=True)
         start = len(os.path.join(root, ""))
-        found = [os.path.join(folder, name)[start:] for folder, _, names in os.walk(root, followlinks=True) for name in names]
+        found = [os.path.join(folder, name)[start:] for folder, names in _folders(root) for name in names]
         found = [name for name in found if name.lower().endswith(AUDIO_SUFFIXES) and not os.path.basename(name).startswith(".")]
         if not found:
             raise DataError(f"{root} holds no audio files ({', '.join(AUDIO_SUFFIXES)})", cause="missing_file")
-        unreadable = next((name for name in found if not _is_text(name)), None)
-        if unreadable is not None:
-            raise DataError(f"{root}: names of audio files must be UTF-8, but one is {unreadable!a}", cause="id")
+        check_names(found, str(root))
         return sorted(found, key=lambda name: name.split("/"))
 
     def _split(self, cut_id: str) -> str:
@@ -171,27 +172,38 @@ def _id_of(name: str) -> str:
     return os.path.splitext(name)[0].replace("/", "--")
 
 
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of `root` and all below it, each once: links to folders are followed last, and only to new ones."""
+    seen: set[tuple[int, int]] = set()
+    tops = deque([str(root)])
+    while tops:
+        for folder, inner, names in os.walk(tops.popleft()):
+            place = os.stat(folder)
+            if (place.st_dev, place.st_ino) in seen:
+                inner.clear()
+                continue
+            seen.add((place.st_dev, place.st_ino))
+            inner.sort()
+            paths = (os.path.join(folder, name) for name in inner)
+            tops.extend(path for path in paths if os.path.islink(path))
+            yield folder, names
+
+
 def _item(path: Path, number: int, cut: Any) -> SourceItem:
     """One cut of a manifest as an item."""
     if not isinstance(cut, (MonoCut, MultiCut)) or cut.recording is None:
         raise DataError(f"{path}: cut {number} is a {type(cut).__name__} without one recording", cause="manifest")
     cut = _anchored(cut, path.parent)
     source = cut.recording.sources[0]
-    return SourceItem(cut.id, str(source.source) if source.type != "memory" else str(path), cut)
+    origin = str(source.source) if source.type != "memory" else str(path)
+    check_names([origin], str(path))
+    return SourceItem(cut.id, origin, cut)
 
 
 def _existing(path: Path, *, folder: bool = False) -> Path:
     if not (path.is_dir() if folder else path.is_file()):
         raise DataError(f"{path} does not exist{' or is not a folder' if folder else ''}", cause="missing_file")
     return path
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _anchored(cut: Cut, folder: Path) -> Cut:

@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,8 +140,15 @@ def open_shar(folder: Path, field: str | None, codebook_size: int | None, first_
         shape, shift = next(((codes.shape, shift) for _, codes, shift in read_tar(shard_path(folder, field, 0)) if codes is not None), ((), 0.0))
         if len(shape) != 2 or shift <= 0:
             raise DataError(f"{field} in {folder} must be arrays of shape (T, C) in time, but are not", cause="tokens")
-        known = {field: TokenSpec(int(shape[1]), codebook_size, round(1 / shift, 6), first_frame_s)}
+        known = {field: TokenSpec(int(shape[1]), codebook_size, _rate(shift), first_frame_s)}
     return SharTokens(folder, field, known[field], num_shards)
+
+
+def _rate(shift: float) -> float:
+    """Frames per second of frames `shift` seconds apart: the fraction of small numbers that the shift was made from, where it is one."""
+    rate = 1 / shift
+    near = float(Fraction(rate).limit_denominator(1000))
+    return near if abs(near - rate) <= 1e-9 * rate else rate
 
 
 def fill_store(source: SharTokens, writer: TokenWriter, cuts_per_block: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -115,6 +116,6 @@ CHANGES: dict[str, Change] = {
 """Name and amount -> what makes of audio (S,) at a sample rate, with a seed, the changed audio."""
 
 
-def choose_cuts(cuts: Sequence[Any], count: int, seed: int) -> list[Any]:
-    """Up to `count` cuts, drawn by a hash of their ids."""
-    return sorted(cuts, key=lambda cut: seed_from(seed, "analysis", cut.id))[:count]
+def choose_cuts(cuts: Iterable[Any], count: int, seed: int) -> list[Any]:
+    """Up to `count` cuts, drawn by a hash of their ids; memory holds no more."""
+    return heapq.nsmallest(count, cuts, key=lambda cut: seed_from(seed, "analysis", cut.id))

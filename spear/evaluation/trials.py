@@ -49,7 +49,7 @@ def read_trials(name: str) -> TrialList:
     """
     path = Path(os.path.expanduser(os.path.expandvars(name)))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # with or without the mark that some editors put first
     except (OSError, ValueError) as error:
         raise DataError(f"`trials` {name} cannot be read: {error}", cause="missing_file") from error
     found = TrialList([], [])

@@ -31,14 +31,6 @@ class LabelledBatch(Batch):
     labels: Tensor = field(default_factory=lambda: torch.zeros(0))
     label_lens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def to(self, device: object) -> LabelledBatch:
-        """See Batch; waveforms and tokens are not there."""
-        moved: list[Tensor] = [
-            x.to(device, non_blocking=True)  # type: ignore[call-overload]
-            for x in (self.features, self.feature_lens, self.labels, self.label_lens)
-        ]
-        return LabelledBatch(self.ids, self.domains, moved[0], moved[1], self.seconds, labels=moved[2], label_lens=moved[3])
-
 
 @dataclass(frozen=True, slots=True)
 class Example:

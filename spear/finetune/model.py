@@ -48,7 +48,7 @@ class FinetuneModule(PretrainModule):
         """See PretrainModule."""
         frozen = self.training and self.step < self.frozen_steps
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            output = self.student(batch.features, batch.feature_lens, generator)
+            output = self.student(batch.features, batch.feature_lens, generator, batch.host_lens)
         result: StepOutput = self.objective(output, batch)
         return result
 

@@ -75,7 +75,9 @@ class Encoder(nn.Module, abc.ABC):
     num_layers: number of hidden states, layer_dims: their widths. min_fbank_frames: shortest input, in frames of 10 ms. mask_emb: learned
     frame that stands for a masked one. taps: names of the points at which the layers can be read, see `read_at`. front_end: names of the
     submodules that turn the input into frames. position_parts: names of the submodules between front end and layers that tell frames where
-    they are. trusts_input: the caller has checked the input, and the encoder must not wait for a GPU to do so.
+    they are. trusts_input: the caller has checked the input, and the encoder must not wait for a GPU to do so. runs_all_layers: every batch
+    runs every layer, also one that is skipped, as weights that are spread over processes want it. uses_all: every training batch gives all
+    parameters a gradient where its output is used.
     """
 
     reads: str = "fbank"
@@ -93,6 +95,8 @@ class Encoder(nn.Module, abc.ABC):
     front_end: tuple[str, ...] = ()
     position_parts: tuple[str, ...] = ()
     trusts_input: bool = False
+    runs_all_layers: bool = False
+    uses_all: bool = False
 
     @abc.abstractmethod
     def forward(self, features: Tensor, lens: Tensor) -> EncoderOutput:

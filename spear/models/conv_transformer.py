@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class ConvTransformerConfig(StudentConfig):
     dropout: float = 0.1
     """Dropout of attention weights and branches, and before the first layer."""
     layer_drop: float = 0.0
-    """Probability that a batch skips a layer in training."""
+    """Probability that a batch skips a layer in training. With `training.parallel: fsdp` the layer is computed all the same, and left out."""
 
     def __post_init__(self) -> None:
         for name in ("conv_dim", "num_layers", "dim", "num_heads", "feedforward_dim", "position_layers", "position_groups"):
@@ -146,6 +147,8 @@ class Positions(nn.Module):
 class PostNormLayer(nn.Module):
     """``x = norm(x + attention(x))``, then ``x = norm(x + feed_forward(x))``."""
 
+    training_unit = True  # recomputed and spread over processes as one
+
     def __init__(self, config: ConvTransformerConfig) -> None:
         super().__init__()
         self.num_heads, self.dropout = config.num_heads, config.dropout
@@ -188,6 +191,7 @@ class ConvTransformer(Encoder):
         self.first_frame_s = config.field / 2 / SAMPLE_RATE
         self.dim, self.num_layers = config.dim, config.num_layers
         self.layer_dims = [config.dim] * config.num_layers
+        self.uses_all = config.layer_drop == 0.0
         self.min_fbank_frames = -(-config.field // SAMPLES_PER_FRAME)
         self.mask_emb = nn.Parameter(torch.empty(config.dim).uniform_())
         self.conv_front_end = ConvFrontEnd(config)
@@ -239,11 +243,32 @@ class ConvTransformer(Encoder):
         hidden = []
         for layer in self.layers:
             if self.training and self.config.layer_drop > 0.0 and draw() < self.config.layer_drop:
-                branch = torch.zeros_like(x)
+                x, branch = self._skip(layer, x, exists[:, None, None]), torch.zeros_like(x)
             else:
                 x, branch = layer(x, exists[:, None, None])
             hidden.append({"block_output": x, "ffn_pre_residual": branch}[self.tap])
         return EncoderOutput(x, out_lens, tuple(hidden))
+
+    def _skip(self, layer: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
+        """x. Where all layers must run, this one does beside it, without a trace in the draws of the others."""
+        if not self.runs_all_layers:
+            return x
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            unused, _ = layer(x, visible)
+        kept: Tensor = _Beside.apply(x, unused)
+        return kept
+
+
+class _Beside(torch.autograd.Function):
+    """The first of two tensors of one shape; the second gets a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, unused: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, torch.zeros_like(grad)
 
 
 def normalise_samples(frames: Tensor, lens: Tensor) -> Tensor:

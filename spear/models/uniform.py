@@ -86,6 +86,7 @@ class UniformEncoder(Encoder):
     first_frame_s = FBANK_FIRST_FRAME_S + 0.04
     taps = ("block_output", "ffn_pre_residual")
     front_end = ("encoder_embed",)
+    uses_all = True
 
     def __init__(self, config: UniformConfig, layers: list[UniformLayer], norm: nn.Module) -> None:
         super().__init__()

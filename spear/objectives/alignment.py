@@ -28,26 +28,27 @@ class FrameMap(NamedTuple):
     offset: Fraction
     interpolated: bool = False
 
-    def indices(self, num_frames: int, *, upper: bool = False) -> Tensor:
+    def indices(self, num_frames: int, *, upper: bool = False, device: torch.device | None = None) -> Tensor:
         """(T, group) int64 teacher frame of each student frame; may lie outside the teacher's length.
 
         Args:
             upper: take the frame after each point instead of the one before it; the same where the point is a frame's centre.
+            device: where they are computed; None: the CPU.
         """
-        units, unit = self._points(num_frames)
+        units, unit = self._points(num_frames, device)
         first = torch.div(units + (unit - 1 if upper else 0), unit, rounding_mode="floor")
-        return first[:, None] + torch.arange(self.group)
+        return first[:, None] + torch.arange(self.group, device=device)
 
-    def share(self, num_frames: int) -> Tensor:
+    def share(self, num_frames: int, device: torch.device | None = None) -> Tensor:
         """(T,) float32 in [0, 1): how much the frame after a point counts, its distance from the frame before it; that one has the rest."""
-        units, unit = self._points(num_frames)
+        units, unit = self._points(num_frames, device)
         return (units % unit).double().div(unit).float()
 
-    def _points(self, num_frames: int) -> tuple[Tensor, int]:
+    def _points(self, num_frames: int, device: torch.device | None) -> tuple[Tensor, int]:
         """t * ratio + offset of every student frame, (T,) int64 in units of one over the second value."""
         p, q = self.ratio.numerator, self.ratio.denominator
         a, b = self.offset.numerator, self.offset.denominator
-        return torch.arange(num_frames, dtype=torch.int64) * p * b + a * q, q * b
+        return torch.arange(num_frames, dtype=torch.int64, device=device) * p * b + a * q, q * b
 
 
 def frame_map(spec: TokenSpec | FrameSpec, frame_rate_hz: float, first_frame_s: float, align: Align) -> FrameMap:
@@ -88,7 +89,7 @@ def align_tokens(tokens: Tensor, lens: Tensor, frames: FrameMap, student_lens: T
     n, t_teacher, c = tokens.shape
     if t_teacher == 0:
         return tokens.new_full((n, num_frames, frames.group * c), IGNORE)
-    index = frames.indices(num_frames, upper=upper).to(tokens.device)  # (T, group)
+    index = frames.indices(num_frames, upper=upper, device=tokens.device)  # (T, group)
     found = tokens[:, index.clamp(0, t_teacher - 1).flatten()].reshape(n, num_frames, frames.group, c)
     valid = (index >= 0) & (index < lens[:, None, None])  # (N, T, group)
     valid = valid & (torch.arange(num_frames, device=tokens.device)[:, None] < student_lens[:, None, None])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spear.bounds import within
 from spear.registry import Registry
+from spear.transfer import send
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,5 +140,5 @@ class DropBalance(Balance):
         """See `Balance.forward`."""
         means = torch.where(counts > 0, losses / counts.clamp(min=1), -torch.inf)
         hardest = means >= means.amax(dim=1, keepdim=True)
-        kept = (torch.rand(losses.shape) >= self.p).to(losses.device)
+        kept = send(torch.rand(losses.shape) >= self.p, losses.device)
         return (hardest | kept).to(losses.dtype)

@@ -61,7 +61,12 @@ class ObjectiveConfig(Registry):
 
 
 class Objective(nn.Module, abc.ABC):
-    """Turns what the student says into a loss; owns the prediction heads."""
+    """Turns what the student says into a loss; owns the prediction heads.
+
+    uses_all: every batch gives all heads a gradient, and the student's output, too.
+    """
+
+    uses_all: bool = False
 
     @abc.abstractmethod
     def forward(self, output: StudentOutput, batch: Batch) -> StepOutput:

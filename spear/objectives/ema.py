@@ -93,7 +93,8 @@ class SelfTaughtConfig(ObjectiveConfig):
     teacher_frozen_from: int | None = None
     """Update from which the teacher's layers stay as they are; null: never."""
     front_end_frozen_from: int | None = None
-    """Update after which the student's front end learns no more; null: never. With several processes it needs `training.find_unused_parameters`."""
+    """Update after which the student's front end learns no more; null: never. With several processes `training.find_unused_parameters` must
+    not be false."""
 
     def __post_init__(self) -> None:
         at_least("top_layers", self.top_layers, 1)

@@ -17,6 +17,7 @@ from spear.errors import ConfigError
 from spear.models.base import HIDDEN_RATE_HZ, Encoder
 from spear.objectives.alignment import Align, FrameMap, frame_map
 from spear.objectives.base import Objective, ObjectiveConfig
+from spear.transfer import send
 from spear.types import Batch, FrameSpec, StepOutput, StudentOutput, TokenSpec
 
 
@@ -129,15 +130,16 @@ class LayerDistillation(Objective):
         covered = torch.zeros_like(frames)
         metrics: dict[str, Tensor] = {}
         for name, spec in self.specs.items():
-            weight = total.new_tensor([self.config.weights.get(domain, {}).get(name, 0.0) for domain in batch.domains])
-            targets, lens, places = batch.targets[name], batch.target_lens[name], self.maps[name]
-            index, valid = _places(places, lens, output.lens, num_frames)
-            after, there = _places(places, lens, output.lens, num_frames, upper=places.interpolated)
+            weight = send(torch.tensor([self.config.weights.get(domain, {}).get(name, 0.0) for domain in batch.domains]), total.device)
+            targets, places = batch.targets[name], self.maps[name]
+            sizes = _Sizes(batch.target_lens[name], targets.shape[1], output.lens, num_frames)
+            index, valid = _places(places, sizes)
+            after, there = _places(places, sizes, upper=places.interpolated)
             valid = valid & there & (weight > 0)[:, None]  # (N, T)
             item, frame = valid.nonzero(as_tuple=True)
             found = targets[item[:, None], index[frame]].float()  # (M, group, D)
             if places.interpolated:
-                share = places.share(num_frames).to(found.device)[frame]
+                share = places.share(num_frames, found.device)[frame]
                 found = torch.lerp(found, targets[item[:, None], after[frame]].float(), share[:, None, None])
             parts = found.unflatten(2, (spec.num_parts, -1)).transpose(1, 2)  # (M, parts, group, D / parts)
             l1, cosine = self._compare(name, output, item, frame, parts)
@@ -145,7 +147,7 @@ class LayerDistillation(Objective):
             total = total + (loss.mean(dim=1) * weight[item]).sum()
             covered |= valid
             metrics.update(self._metrics(name, {"loss": loss, "l1": l1, "cosine": cosine}, item, batch.domains))
-        metrics["masked_share"] = torch.stack([output.masked_share[frames].sum(), frames.sum().float()]).detach()
+        metrics["masked_share"] = torch.stack([(output.masked_share * frames).sum(), frames.sum().float()]).detach()
         return StepOutput(total, covered.sum(), metrics)
 
     def _compare(self, name: str, output: StudentOutput, item: Tensor, frame: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +169,7 @@ class LayerDistillation(Objective):
         for domain in sorted(self.config.weights):
             if name not in self.config.frames(domain):
                 continue
-            belongs = torch.tensor([d == domain for d in domains], device=item.device)[item].float()
+            belongs = send(torch.tensor([d == domain for d in domains]), item.device)[item].float()
             for key, value in values.items():
                 found[f"{key}/{name}/{domain}"] = torch.stack([(value.detach().mean(dim=1) * belongs).sum(), belongs.sum()])
         return found
@@ -192,9 +194,19 @@ def _head(dim: int, hidden: int, width: int) -> nn.Module:
     return nn.Linear(dim, width) if hidden == 0 else nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
-def _places(frames: FrameMap, lens: Tensor, student_lens: Tensor, num_frames: int, *, upper: bool = False) -> tuple[Tensor, Tensor]:
+class _Sizes(NamedTuple):
+    """Frames of a teacher: of every cut (N,) and of the batch; then those of the student."""
+
+    lens: Tensor
+    frames: int
+    student_lens: Tensor
+    student_frames: int
+
+
+def _places(frames: FrameMap, sizes: _Sizes, *, upper: bool = False) -> tuple[Tensor, Tensor]:
     """Teacher frames (T, group) of every student frame, kept within bounds, and where all of them are there, (N, T); `upper` as in `FrameMap`."""
-    index = frames.indices(num_frames, upper=upper).to(lens.device)
-    valid = ((index >= 0) & (index < lens[:, None, None])).all(dim=2)
-    valid = valid & (torch.arange(num_frames, device=lens.device) < student_lens[:, None])
-    return index.clamp(0, max(0, int(lens.max()) - 1)), valid
+    device = sizes.lens.device
+    index = frames.indices(sizes.student_frames, upper=upper, device=device)
+    valid = ((index >= 0) & (index < sizes.lens[:, None, None])).all(dim=2)
+    valid = valid & (torch.arange(sizes.student_frames, device=device) < sizes.student_lens[:, None])
+    return index.clamp(0, sizes.frames - 1), valid

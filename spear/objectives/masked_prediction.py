@@ -16,6 +16,7 @@ from spear.models.student import Student
 from spear.objectives.alignment import Align, FrameMap, align_tokens, frame_map
 from spear.objectives.balance import BalanceConfig, FixedConfig
 from spear.objectives.base import Objective, ObjectiveConfig
+from spear.transfer import send
 from spear.types import IGNORE, Batch, StepOutput, StudentOutput, TokenSpec
 
 DURATIONS_S = (2, 5, 10, 20)
@@ -98,6 +99,7 @@ class _Terms(NamedTuple):
 
     loss: Tensor  # (M,) cross-entropy, mean over codebooks
     valid: Tensor  # (N, T) where there is a target
+    rows: Tensor  # (M,) index of these frames among the N * T
     item: Tensor  # (M,) index of the cut
     by_cut: Tensor  # (N, 2 + C) per cut: frames, sum of `loss`, and per codebook how many are right; detached
 
@@ -111,6 +113,8 @@ class MaskedPrediction(Objective):
     Where a batch has second tokens (soft token mixing), or tokens of two frames count (``align: interpolate``), CE is its mean over the tokens
     with their probabilities.
     """
+
+    uses_all = True  # also heads of teachers that a batch does not use, see `_terms`
 
     def __init__(self, config: MaskedPredictionConfig, encoder: Encoder, specs: dict[str, TokenSpec]) -> None:
         super().__init__()
@@ -135,7 +139,7 @@ class MaskedPrediction(Objective):
         if not self.training:
             frame_weight = torch.ones_like(frame_weight)  # nothing is masked
         weights = [[self.config.weights.get(domain, {}).get(name, 0.0) for name in self.heads] for domain in batch.domains]
-        weight = features.new_tensor(weights, dtype=torch.float32)  # (N, teachers)
+        weight = send(torch.tensor(weights, dtype=torch.float32), features.device)  # (N, teachers)
         read = {name: output.hidden_states[layer - 1][:, delay:] for name, layer in self.config.layers.items()}
         terms = [self._terms(name, read.get(name, features), batch, lens, weight[:, k] > 0) for k, name in enumerate(self.heads)]
         if self.training:
@@ -145,11 +149,11 @@ class MaskedPrediction(Objective):
         total = features.new_zeros((), dtype=torch.float32)
         covered = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
         for k, term in enumerate(terms):
-            total = total + (term.loss * weight[term.item, k] * frame_weight[term.valid]).sum()
+            total = total + (term.loss * weight[term.item, k] * frame_weight.flatten()[term.rows]).sum()
             covered |= term.valid
         frames = torch.arange(features.shape[1], device=features.device) < lens[:, None]
         metrics = self._metrics(terms, batch)
-        metrics["masked_share"] = torch.stack([masked[frames].sum(), frames.sum().float()]).detach()
+        metrics["masked_share"] = torch.stack([(masked * frames).sum(), frames.sum().float()]).detach()
         return StepOutput(total, covered.sum(), metrics)
 
     def after_step(self, step: int, student: Student) -> None:
@@ -161,7 +165,10 @@ class MaskedPrediction(Objective):
         self.balance.discard_step()
 
     def _terms(self, name: str, features: Tensor, batch: Batch, lens: Tensor, used: Tensor) -> _Terms:
-        """Only valid frames reach the head; with none, the head still joins the graph so that DDP sees its gradient."""
+        """Only valid frames reach the head; with none, the head still joins the graph so that DDP sees its gradient.
+
+        A GPU is waited for once, to count them.
+        """
         frames, num_frames = self.maps[name], features.shape[1]
 
         def aligned(tokens: Tensor, *, upper: bool = False) -> Tensor:
@@ -169,32 +176,38 @@ class MaskedPrediction(Objective):
 
         sides = [aligned(batch.tokens[name], upper=upper) for upper in ((False, True) if frames.interpolated else (False,))]  # (N, T, C) each
         valid = torch.stack([(side != IGNORE).all(dim=-1) for side in sides]).all(dim=0) & used[:, None]  # (N, T)
-        item, frame = valid.nonzero(as_tuple=True)
-        logits = self.heads[name](features[valid][None])[0]  # (M, C, K)
+        rows = valid.flatten().nonzero()[:, 0]
+        item = torch.div(rows, max(num_frames, 1), rounding_mode="floor")
+
+        def chosen(x: Tensor) -> Tensor:
+            return x.flatten(0, 1).index_select(0, rows)
+
+        logits = self.heads[name](chosen(features)[None])[0]  # (M, C, K)
         seconds, share = None, None
         if name in batch.second and batch.second_share is not None:
-            seconds, share = [aligned(batch.second[name], upper=upper)[valid] for upper in (False, True)[: len(sides)]], batch.second_share[item]
-        wanted = [side[valid] for side in sides]
+            seconds, share = [chosen(aligned(batch.second[name], upper=upper)) for upper in (False, True)[: len(sides)]], batch.second_share[item]
+        wanted = [chosen(side) for side in sides]
         if frames.interpolated:
-            loss, correct = _between(logits, wanted, frames.share(num_frames).to(logits.device)[frame], seconds, share)
+            loss, correct = _between(logits, wanted, frames.share(num_frames, logits.device)[rows - item * num_frames], seconds, share)
         elif seconds is not None and share is not None:
             loss, correct = _two_points(logits, wanted[0], seconds[0], share)
         else:
             loss, correct = _one_point(logits, wanted[0])
         with torch.no_grad():
-            dense = correct.new_zeros(*valid.shape, 2 + correct.shape[1])
-            dense[valid] = torch.cat([torch.ones_like(loss)[:, None], loss[:, None], correct], dim=1)
-        return _Terms(loss, valid, item, dense.sum(dim=1))
+            dense = correct.new_zeros(valid.numel(), 2 + correct.shape[1])
+            dense[rows] = torch.cat([torch.ones_like(loss)[:, None], loss[:, None], correct], dim=1)
+        return _Terms(loss, valid, rows, item, dense.unflatten(0, valid.shape).sum(dim=1))
 
     @torch.no_grad()
     def _metrics(self, terms: list[_Terms], batch: Batch) -> dict[str, Tensor]:
         """Sums and counts; the same names on every rank, whatever its batch holds."""
         found: dict[str, Tensor] = {}
         domains = sorted(self.config.weights)
-        edges = batch.feature_lens.new_tensor(DURATIONS_S) * int(FBANK_RATE_HZ)
+        edges = send(torch.tensor(DURATIONS_S) * int(FBANK_RATE_HZ), batch.feature_lens.device)
         group = torch.bucketize(batch.feature_lens, edges, right=True)
         own = [[float(domain == wanted) for wanted in domains] for domain in batch.domains]
-        belongs = terms[0].by_cut.new_tensor(own)[:, :, None] * F.one_hot(group, len(DURATIONS_S) + 1)[:, None]  # (N, domains, groups)
+        in_group = group[:, None] == torch.arange(len(DURATIONS_S) + 1, device=group.device)  # (N, groups); `one_hot` would read `group`
+        belongs = send(torch.tensor(own), group.device)[:, :, None] * in_group[:, None]  # (N, domains, groups)
         for name, term in zip(self.heads, terms):
             count, loss, correct = term.by_cut[:, 0], term.by_cut[:, 1], term.by_cut[:, 2:]
             # no matrix product, which autocast would round
@@ -203,10 +216,10 @@ class MaskedPrediction(Objective):
                 if name not in self.config.labels(domain):
                     continue
                 of_domain = sums[d].sum(dim=0)
-                found[f"loss/{name}/{domain}"] = of_domain[[1, 0]]
-                found[f"accuracy/{name}/{domain}"] = of_domain[[2, 0]]
+                found[f"loss/{name}/{domain}"] = of_domain[:2].flip(0)
+                found[f"accuracy/{name}/{domain}"] = of_domain[::2].flip(0)
                 for g, label in enumerate(DURATION_NAMES):
-                    found[f"match/{name}/{domain}/{label}"] = sums[d, g, [2, 0]]
+                    found[f"match/{name}/{domain}/{label}"] = sums[d, g, ::2].flip(0)
             if not self.training:
                 for c in range(correct.shape[1]):
                     found[f"codebook/{name}/{c}"] = torch.stack([correct[:, c].sum(), count.sum()])

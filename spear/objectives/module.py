@@ -23,9 +23,14 @@ class PretrainModule(nn.Module):
         self.objective = objective
         self.step = 0
 
+    @property
+    def uses_all(self) -> bool:
+        """Whether every training batch gives all parameters a gradient."""
+        return self.student.encoder.uses_all and self.objective.uses_all
+
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> StepOutput:
         """Loss and metrics of one batch; `generator` draws the masks, None or eval mode means unmasked."""
-        output = self.student(batch.features, batch.feature_lens, generator)
+        output = self.student(batch.features, batch.feature_lens, generator, batch.host_lens)
         result: StepOutput = self.objective(output, batch)
         return result
 

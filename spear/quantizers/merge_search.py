@@ -8,6 +8,8 @@ the present tuples; constants are left out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -107,16 +109,57 @@ def smallest(values: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return values.gather(-1, place), place
 
 
-def _neighbours(num: int) -> list[tuple[int, int]]:
-    return [(first, first + 1) for first in range(0, num, 2)]
+class _Pairs(NamedTuple):
+    """Index tensors for N lists. left, right: (N/2,) the lists that are merged; near: (N/2,) their places among all pairs of lists;
+    first, second: (P,) the lists of all pairs.
+    """
+
+    left: Tensor
+    right: Tensor
+    near: Tensor
+    first: Tensor
+    second: Tensor
 
 
 def _all_pairs(num: int) -> list[tuple[int, int]]:
     return [(first, second) for first in range(num) for second in range(first + 1, num)]
 
 
-def _positions(pairs: list[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    return {pair: index for index, pair in enumerate(pairs)}
+def _index(values: Iterable[int], device: torch.device) -> Tensor:
+    """(M,) int64; made outside inference mode, as it is kept for later calls."""
+    with torch.inference_mode(False):
+        return torch.tensor(list(values), dtype=torch.int64, device=device)
+
+
+# The tensors below depend on sizes only and are kept: on a GPU each copy of a Python list would wait for all work before it.
+
+
+@lru_cache(maxsize=64)
+def _pairs(num: int, device: torch.device) -> _Pairs:
+    pairs = _all_pairs(num)
+    near = [place for place, (first, second) in enumerate(pairs) if first % 2 == 0 and second == first + 1]
+    lists = ([pairs[place][0] for place in near], [pairs[place][1] for place in near], near, [p for p, _ in pairs], [q for _, q in pairs])
+    return _Pairs(*(_index(values, device) for values in lists))
+
+
+@lru_cache(maxsize=256)
+def _part_places(num: int, i: int, j: int, device: torch.device) -> Tensor:
+    """Places (P,), among all pairs of 2 N lists, of part i of the first and part j of the second list of all pairs of the N merged ones."""
+    position = {pair: place for place, pair in enumerate(_all_pairs(2 * num))}
+    return _index((position[2 * p + i, 2 * q + j] for p, q in _all_pairs(num)), device)
+
+
+@lru_cache(maxsize=256)
+def _starts(num: int, size: int, part: tuple[int, int] | None, device: torch.device) -> Tensor:
+    """Where the tables of pairs of the C = `num` codebooks begin in the flat ``cross``, (P,).
+
+    part: None: of neighbours; (i, j): of code i of the first and code j of the second tuple of all pairs of the C/2 tuples of two codes.
+    """
+    if part is None:
+        books = [(first, first + 1) for first in range(0, num, 2)]
+    else:
+        books = [(2 * p + part[0], 2 * q + part[1]) for p, q in _all_pairs(num // 2)]
+    return _index(((column * num + row) * size * size for row, column in books), device)
 
 
 def _pick(codes: Tensor, index: Tensor) -> Tensor:
@@ -124,10 +167,10 @@ def _pick(codes: Tensor, index: Tensor) -> Tensor:
     return codes.gather(2, index[..., None].expand(*index.shape, codes.shape[3]))
 
 
-def _look_up(tables: Tables, books: list[tuple[int, int]], first: Tensor, second: Tensor) -> Tensor:
-    """Twice the inner products of entries of pairs of codebooks: first (B, pairs, i), second (B, pairs, j) -> (B, pairs, i, j)."""
+def _look_up(tables: Tables, part: tuple[int, int] | None, first: Tensor, second: Tensor) -> Tensor:
+    """Twice the inner products of entries of pairs of codebooks (see `_starts`): first (B, pairs, i), second (B, pairs, j) -> (B, pairs, i, j)."""
     num, size = tables.cross.shape[0], tables.size
-    starts = torch.tensor([(column * num + row) * size * size for row, column in books], device=first.device)
+    starts = _starts(num, size, part, first.device)
     where = (first * size + starts[:, None])[..., None] + second[..., None, :]
     return tables.cross.view(-1).index_select(0, where.view(-1)).view(where.shape)
 
@@ -135,26 +178,23 @@ def _look_up(tables: Tables, books: list[tuple[int, int]], first: Tensor, second
 def _first_lists(tables: Tables, values: Tensor, chosen: Tensor, codes: Tensor) -> _Lists:
     """Lists of single entries; products and present terms only between neighbours, all that the first merge needs."""
     num = codes.shape[1]
-    pairs = _neighbours(num)
+    pairs = _pairs(num, codes.device)
     even, odd, old = chosen[:, 0::2], chosen[:, 1::2], codes[..., None]
     present = values.new_zeros(len(codes), num, num, values.shape[2])
-    left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    present[:, left, right] = _look_up(tables, pairs, even, old[:, 1::2])[..., 0]
-    present[:, right, left] = _look_up(tables, pairs, old[:, 0::2], odd)[:, :, 0]
-    return _Lists(values, _look_up(tables, pairs, even, odd), present, chosen[..., None])
+    present[:, pairs.left, pairs.right] = _look_up(tables, None, even, old[:, 1::2])[..., 0]
+    present[:, pairs.right, pairs.left] = _look_up(tables, None, old[:, 0::2], odd)[:, :, 0]
+    return _Lists(values, _look_up(tables, None, even, odd), present, chosen[..., None])
 
 
 def _merge(lists: _Lists, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """Merge neighbours: values (B, N/2, keep) and which candidates of the even and of the odd list they consist of."""
     num, width = lists.values.shape[1:]
-    pairs = _neighbours(num)
-    left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    pairs = _pairs(num, lists.values.device)
     products = lists.products
-    if products.shape[1] > len(pairs):
-        position = _positions(_all_pairs(num))
-        products = products[:, [position[pair] for pair in pairs]]
-    even = lists.values[:, 0::2] - lists.present[:, left, right]
-    odd = lists.values[:, 1::2] - lists.present[:, right, left]
+    if products.shape[1] > len(pairs.near):
+        products = products[:, pairs.near]
+    even = lists.values[:, 0::2] - lists.present[:, pairs.left, pairs.right]
+    odd = lists.values[:, 1::2] - lists.present[:, pairs.right, pairs.left]
     merged = (even[..., :, None] + odd[..., None, :]) + products
     values, chosen = smallest(merged.flatten(2), keep)
     return values, chosen // width, chosen % width
@@ -164,37 +204,33 @@ def _pair_terms(tables: Tables, merged: Tensor, codes: Tensor) -> tuple[Tensor, 
     """Products and present terms of lists of pairs of codes (B, N, w, 2), from the tables."""
     num = merged.shape[1]
     old = codes.view(len(codes), num, 1, 2)
+    pairs = _pairs(num, codes.device)
 
-    def between(first: Tensor, second: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
-        left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
+    def between(first: Tensor, second: Tensor) -> Tensor:
         def part(i: int, j: int) -> Tensor:
-            books = [(2 * p + i, 2 * q + j) for p, q in pairs]
-            return _look_up(tables, books, first[:, left, :, i], second[:, right, :, j])
+            return _look_up(tables, (i, j), first[:, pairs.first, :, i], second[:, pairs.second, :, j])
 
         return (part(0, 0) + part(1, 0)) + (part(0, 1) + part(1, 1))
 
-    pairs = _all_pairs(num)
-    left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     present = tables.norms.new_zeros(len(codes), num, num, merged.shape[2])
-    present[:, left, right] = between(merged, old, pairs)[..., 0]
-    present[:, right, left] = between(old, merged, pairs)[:, :, 0]
-    return between(merged, merged, pairs), present
+    present[:, pairs.first, pairs.second] = between(merged, old)[..., 0]
+    present[:, pairs.second, pairs.first] = between(old, merged)[:, :, 0]
+    return between(merged, merged), present
 
 
 def _merged_terms(lists: _Lists, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
     """Products and present terms of merged candidates from those of their parts: lines first, then columns."""
     num, width = even.shape[1], lists.values.shape[2]
-    position, pairs = _positions(_all_pairs(2 * num)), _all_pairs(num)
+    pairs = _pairs(num, even.device)
 
     def lines(i: int, j: int) -> Tensor:
-        table = lists.products[:, [position[2 * p + i, 2 * q + j] for p, q in pairs]]
-        index = (even, odd)[i][:, [p for p, _ in pairs]]
+        table = lists.products[:, _part_places(num, i, j, even.device)]
+        index = (even, odd)[i][:, pairs.first]
         return table.gather(2, index[..., None].expand(*index.shape, width))
 
     def columns(j: int) -> Tensor:
         table = lines(0, j) + lines(1, j)
-        index = (even, odd)[j][:, [q for _, q in pairs]]
+        index = (even, odd)[j][:, pairs.second]
         return table.gather(3, index[..., None, :].expand(*table.shape[:3], index.shape[2]))
 
     present = lists.present

@@ -14,7 +14,7 @@ from spear.files import seed_from
 from spear.quantizers.base import Quantizer, take_normalizer
 from spear.quantizers.merge_search import Tables
 from spear.quantizers.normalize import Normalizer
-from spear.quantizers.search import BLOCK_FRAMES, errors, frame_costs, make_tables, refine, sweep
+from spear.quantizers.search import block_frames, errors, frame_costs, make_tables, refine, sweep
 
 SCALE_SPEED = 10.0
 """Scales are stored as log(scale) / SCALE_SPEED, so that they learn faster than the weights."""
@@ -149,7 +149,7 @@ class MVQ(Quantizer):
     def _in_blocks(self, frames: Tensor, codes_of: Callable[[Tensor, int], Tensor]) -> Tensor:
         """`codes_of` padded blocks of frames, where the second argument says how many rows are frames."""
         found = []
-        for block in frames.split(BLOCK_FRAMES):
+        for block in frames.split(block_frames(frames.device, self.num_codebooks, self.entries)):
             # Matrix products of other shapes may round differently. Whole multiples of rows keep a frame's codes the same in any company.
             padded = functional.pad(block, (0, 0, 0, -len(block) % _ROW_MULTIPLE))
             found.append(codes_of(padded, len(block)))

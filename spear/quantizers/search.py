@@ -17,12 +17,30 @@ import torch
 from torch import Tensor
 
 from spear.quantizers import kernels
-from spear.quantizers.merge_search import Tables, given_costs, merge_round
+from spear.quantizers.merge_search import Tables, given_costs, list_length, merge_round
 
 BLOCK_FRAMES = 2048
 """Frames whose costs are held at once: BLOCK_FRAMES * C * K floats."""
 LIST_FRAMES = 96
 """Frames that torch searches together on a CPU; small enough that their lists stay in the cache."""
+DEVICE_SHARE, DEVICE_BLOCKS = 1 / 16, 16
+"""On a GPU: share of its memory that a search may take, and at most so many times BLOCK_FRAMES, as every block costs its launches."""
+
+
+def block_frames(device: torch.device, num: int, size: int) -> int:
+    """Frames that are coded together with C = `num` codebooks of K = `size` entries: BLOCK_FRAMES, on a GPU as many of them as its memory allows."""
+    if device.type != "cuda":
+        return BLOCK_FRAMES
+    return frames_within(DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory, num, size)
+
+
+def frames_within(limit_bytes: float, num: int, size: int) -> int:
+    """Whole blocks of frames whose costs and lists take `limit_bytes`, 1 to DEVICE_BLOCKS."""
+    lists = num // 2
+    width = min(list_length(2, size), size * size)
+    # costs; products of all pairs of lists of two codes, with what they are made of
+    per_frame = 4 * num * size + 32 * max(1, lists * (lists - 1) // 2) * width * width
+    return BLOCK_FRAMES * max(1, min(DEVICE_BLOCKS, int(limit_bytes / per_frame) // BLOCK_FRAMES))
 
 
 def make_tables(centres: Tensor, *, overwrite: bool = False) -> Tables:
@@ -63,7 +81,7 @@ def refine(tables: Tables, costs: Tensor, codes: Tensor, iters: int, *, keep_bes
         return _in_threads(costs, codes, lambda cost, code: loops.refine(cost, tables.cross, code, iters, keep_best))
     best, codes = codes, codes.clone()
     lowest = errors(tables, costs, codes) if keep_best else None
-    step = LIST_FRAMES if codes.device.type == "cpu" else BLOCK_FRAMES
+    step = LIST_FRAMES if codes.device.type == "cpu" else block_frames(codes.device, codes.shape[1], tables.size)
     active = torch.arange(len(codes), device=codes.device)
     inference = torch.is_inference_mode_enabled()
 

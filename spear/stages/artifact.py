@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,16 @@ logger = logging.getLogger(__name__)
 DONE, UNFINISHED = "artifact.json", "unfinished.json"
 PARTS = "parts"
 """Below an unfinished folder: lock and account of each of several workers."""
+REUSED = {
+    "manifests": ("*_report_*.json", "*_parts_*"),
+    "features": ("*.safetensors",),
+    "quantizers": ("fit*.safetensors",),
+    "tokens": ("block-*",),
+    "shards": ("*_parts",),
+    "convert": ("block-*", "shar"),
+    "encode": (".done",),
+}
+"""Stage -> files that it takes for made where it finds them, and that must therefore come with a record of what they were made from."""
 
 
 @dataclass
@@ -39,10 +49,20 @@ class Artifact:
         config: JSON value of every setting the content depends on.
         inputs: name -> fingerprint of everything else it depends on.
         version: raised when the format changes.
+        counted: of `config`, what must not differ; the rest is only noted.
     """
 
-    def __init__(self, folder: Path, *, kind: str, config: Any, inputs: dict[str, str], version: int = 1) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        kind: str,
+        config: Any,
+        inputs: dict[str, str],
+        version: int = 1,
+        counted: Callable[[Any], Any] = lambda config: config,
+    ) -> None:
+        self.folder, self.counted = folder, counted
         self.identity: dict[str, Any] = {"kind": kind, "version": version, "config": config, "inputs": inputs}
         self.fingerprint = sha256_json(self.identity)
 
@@ -68,11 +88,32 @@ class Artifact:
     def _check(self, found: dict[str, Any]) -> None:
         if found.get("fingerprint") == self.fingerprint:
             return
-        changes = list(differences({key: found.get(key) for key in self.identity}, self.identity))
+        old = {key: found.get(key) for key in self.identity}
+        changes = list(differences(self._counted(old), self._counted(self.identity)))
+        if not changes and found.get("fingerprint") == sha256_json(old):
+            return
         raise ArtifactError(
             f"{self.folder} was made from other inputs: {'; '.join(changes[:3]) or 'its fingerprint differs'}"
             f"{f' and {len(changes) - 3} more' if len(changes) > 3 else ''}; remove that folder or choose another one"
         )
+
+    def _counted(self, identity: dict[str, Any]) -> dict[str, Any]:
+        return {**identity, "config": self.counted(identity["config"] or {})}
+
+    def _require_record(self) -> None:
+        """Refuse files of a stage of which nothing says what they were made from; call it under the lock.
+
+        Raises:
+            ArtifactError: names one of them and what to do.
+        """
+        if any((place / name).exists() for place in (self.folder, *self._parts()) for name in (DONE, UNFINISHED)):
+            return
+        found = next((path for pattern in REUSED.get(self.identity["kind"], ()) for path in sorted(self.folder.glob(pattern))), None)
+        if found is not None:
+            raise ArtifactError(
+                f"{self.folder} holds {found.name}, but neither {DONE} nor {UNFINISHED} to say what it was made from: "
+                f"bring {DONE} back, or remove the folder to make it again"
+            )
 
     def _remove_leftovers(self) -> None:
         """Remove the temporary files that a killed process left (see `spear.files.write_atomic`)."""
@@ -91,10 +132,11 @@ class Artifact:
             processes: that work on the folder together; only one of them may call this.
             finishing: everything is made by workers already, and only the end is left to do; they may still be about to leave.
         Raises:
-            ArtifactError: other inputs. BusyError: another process is at work on the folder.
+            ArtifactError: other inputs, or the folder holds files without a record. BusyError: another process is at work on the folder.
         """
         make_folder(self.folder)
         with locked(self.folder):
+            self._require_record()
             if not finishing:
                 for place in self._parts():
                     check_free(place)
@@ -130,11 +172,12 @@ class Artifact:
         Args:
             index, count: which share of how many; two processes never work on one, and never on shares of different counts.
         Raises:
-            ArtifactError: the folder, or another share of it, was begun from other inputs.
+            ArtifactError: the folder, or another share of it, was begun from other inputs, or it holds files without a record.
             BusyError: another process works on this share or on the whole folder.
         """
         place = make_folder(self.folder / PARTS / f"{index:05d}-of-{count:05d}")
         with locked(place):
+            self._require_record()
             check_free(self.folder)
             self._checked(self.folder / UNFINISHED)
             for other in self._parts():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,28 @@ def _file_reader(path: Path) -> Callable[[], float]:
 def _gpu_counters() -> list[Counter]:
     if not (torch.cuda.is_available() and importlib.util.find_spec("pynvml")):
         return []
-    found = []
+    found: list[Counter] = []
     try:
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
-        for number in range(torch.cuda.device_count()):
-            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(number).uuid}")
+        for handle in visible_gpus(nvml, os.environ.get("CUDA_VISIBLE_DEVICES")):
             found.append(Counter(lambda handle=handle: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3))  # type: ignore[misc]
     except Exception:  # a driver without the counter raises errors of its own kind; the account does without
         return found
     return found
+
+
+def visible_gpus(nvml: Any, names: str | None) -> Iterator[Any]:
+    """Handles of the GPUs that CUDA would show, found without it: to ask CUDA starts it, which takes memory on a GPU that is not used.
+
+    Args:
+        nvml: the module pynvml. names: value of CUDA_VISIBLE_DEVICES, numbers or UUIDs; None: all.
+    """
+    for name in map(str, range(nvml.nvmlDeviceGetCount())) if names is None else names.split(","):
+        name = name.strip()
+        if name.isdigit():
+            yield nvml.nvmlDeviceGetHandleByIndex(int(name))
+        elif name.startswith("GPU-"):
+            yield nvml.nvmlDeviceGetHandleByUUID(name)
+        else:  # CUDA shows no more from the first name on that it does not know
+            return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,8 @@ from spear.evaluation.examples import Labeller, choose_example, make_example, wr
 from spear.evaluation.facts import ANALYSIS, FOLDER, SIZES, keep_data_facts
 from spear.evaluation.report import write_report
 from spear.evaluation.scoring import PARTIAL, SIZE, Model, score_models
-from spear.evaluation.tasks.base import SPLITS, Split, TaskConfig
+from spear.evaluation.selection import keep_cuts
+from spear.evaluation.tasks.base import SPLITS, Split, Task, TaskConfig
 from spear.evaluation.tasks.frames import FramesConfig
 from spear.export import AudioEncoder, load_encoder
 from spear.files import read_json, seed_from, sha256, sha256_file, write_json
@@ -67,7 +69,8 @@ def run(run: Run, *, suite: str | None = None) -> None:
     with artifact.making() as record:
         evaluator = Evaluator(run)
         load = AudioCache(load_audio)
-        plan = Plan.make(recipe.evaluation.build(recipe.seed, evaluator.device), read_cuts(run, corpora), recipe.evaluation.batch_s)
+        tasks = recipe.evaluation.build(recipe.seed, evaluator.device)
+        plan = Plan.make(tasks, read_cuts(run, corpora, tasks), recipe.evaluation.batch_s)
         plan.memory_bytes = recipe.evaluation.memory_mb << 20
         models = evaluator.models()
         domains = {name: domain_of(found) for name, found in corpora.items()}
@@ -168,7 +171,7 @@ class Evaluator:
         for domain in sorted({corpus.domain for known in corpora.values() for corpus in known}):
             names = sorted({corpus.name for known in corpora.values() for corpus in known if corpus.domain == domain})
             paths = [find_manifest(self.run.data, name, "test") for name in names]
-            cuts = choose_cuts([cut for path in paths for cut in CutSet.from_jsonl_lazy(path)], config.analysis_cuts, seed)
+            cuts = choose_cuts((cut for path in paths for cut in CutSet.from_jsonl_lazy(path)), config.analysis_cuts, seed)
             about = compare_layers(student, teachers, cuts, load, config.batch_s)
             models = [LogMel(), *teachers.values(), student]
             clips = ChangedClips(cuts, load, seed)
@@ -283,15 +286,15 @@ def domain_of(corpora: list[CorpusConfig]) -> str:
     return "+".join(sorted({corpus.domain for corpus in corpora}))
 
 
-def read_cuts(run: Run, corpora: dict[str, list[CorpusConfig]]) -> dict[str, dict[Split, list[Any]]]:
-    """Cuts of every task and split; tasks on the same corpora share the objects."""
-    read: dict[tuple[str, Split], list[Any]] = {}
-    for found in corpora.values():
-        for corpus in found:
-            for split in SPLITS:
-                if (corpus.name, split) not in read:
-                    read[corpus.name, split] = list(CutSet.from_jsonl_lazy(find_manifest(run.data, corpus.name, split)))
-    return {task: {split: [cut for corpus in found for cut in read[corpus.name, split]] for split in SPLITS} for task, found in corpora.items()}
+def read_cuts(run: Run, corpora: Mapping[str, Sequence[CorpusConfig]], tasks: Mapping[str, Task]) -> dict[str, dict[Split, list[Any]]]:
+    """Cuts of every task and split that the task may choose; every manifest is read once, and tasks on the same corpora share the objects.
+
+    Args:
+        corpora: task -> corpora it reads, in the order of the run's. tasks: name -> task.
+    """
+    names = {corpus.name for found in corpora.values() for corpus in found}
+    users = {corpus.name: [task for task, found in corpora.items() if corpus in found] for corpus in run.corpora if corpus.name in names}
+    return keep_cuts(tasks, users, lambda corpus, split: CutSet.from_jsonl_lazy(find_manifest(run.data, corpus, split)))
 
 
 def example_cuts(run: Run) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,8 +75,7 @@ def _sample(run: Run, name: str) -> None:
     artifact = Artifact(folder, kind="features", config={**settings, "seed": run.recipe.seed, "block_frames": FRAMES_PER_BLOCK}, inputs=inputs)
     if artifact.is_done():
         return
-    cuts = itertools.chain.from_iterable(read_cuts(path) for path in manifests.values())
-    heldout, train = plan(teacher, cuts, config, run.recipe.seed)
+    heldout, train = plan(teacher, {corpus: read_cuts(path) for corpus, path in manifests.items()}, config, run.recipe.seed)
     with artifact.making() as record:
         _write(folder, teacher.to(default_device()), heldout, train, config, run.recipe.seed, record, name)
         record.extra = {
@@ -87,27 +86,31 @@ def _sample(run: Run, name: str) -> None:
         }
 
 
-def plan(teacher: Teacher, cuts: Iterable[Any], config: FeaturesConfig, seed: int) -> tuple[list[Pick], list[Pick]]:
+def plan(teacher: Teacher, corpora: Mapping[str, Iterable[Any]], config: FeaturesConfig, seed: int) -> tuple[list[Pick], list[Pick]]:
     """Choose cuts by a hash of (seed, id), so that the order of the manifests does not matter.
 
+    Args:
+        corpora: corpus -> its cuts, with ids that only this corpus must not have twice.
     Returns:
-        held-out picks and training picks: no cut is in both.
+        held-out picks and training picks: no cut is in both. An id of several corpora gets the corpus's name before it, ``CORPUS//ID``.
     Raises:
         DataError: fewer than two cuts are long enough.
     """
-    heap: list[tuple[int, str, Pick]] = []
+    heap: list[tuple[int, str, str, Pick]] = []
     total, enough = 0, config.num_frames + teacher.num_frames(SPARE_S * teacher.sample_rate)
-    for cut in cuts:
+    for corpus, cut in ((corpus, cut) for corpus, cuts in corpora.items() for cut in cuts):
         frames = teacher.num_frames(round(cut.duration * teacher.sample_rate))
         frames = min(frames, config.frames_per_cut or frames)
         if frames < 1:
             continue
         # the largest hash comes first out of the heap: what remains is always a prefix of the hash order
-        heapq.heappush(heap, (-seed_from(seed, "features", cut.id), cut.id, Pick(cut, frames)))
+        heapq.heappush(heap, (-seed_from(seed, "features", cut.id), cut.id, corpus, Pick(cut, frames)))
         total += frames
-        while total - heap[0][2].frames >= enough and len(heap) > 2:
-            total -= heapq.heappop(heap)[2].frames
-    picks = [pick for _, _, pick in sorted(heap, key=lambda item: (-item[0], item[1]))]
+        while total - heap[0][-1].frames >= enough and len(heap) > 2:
+            total -= heapq.heappop(heap)[-1].frames
+    heap.sort(reverse=True)
+    ids = Counter(cut_id for _, cut_id, _, _ in heap)
+    picks = [Pick(pick.cut.with_id(f"{corpus}//{cut_id}"), pick.frames) if ids[cut_id] > 1 else pick for _, cut_id, corpus, pick in heap]
     if len(picks) < 2:
         raise DataError(f"at least 2 cuts must be long enough for {teacher.name}, but {len(picks)} are", cause="empty")
     wanted = min(total, config.num_frames)

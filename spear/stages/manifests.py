@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
+import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +19,7 @@ from lhotse.cut import MonoCut
 from spear.config import to_json
 from spear.data.corpora import SPLITS, CorpusConfig, ManifestsConfig, SourceItem
 from spear.data.prepare import Prepared, prepare
+from spear.data.scan import manifest_entries
 from spear.errors import ArtifactError, DataError
 from spear.files import read_json, seed_from, write_atomic, write_json, write_text
 from spear.progress import Meter
@@ -30,6 +33,8 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 THREADS = 4
 WAITING = 64  # cuts in flight, so that a corpus of any size needs the same memory
+PART_ITEMS = 10_000
+"""Items of a source in one part of a split; a stopped run goes on after the last whole part."""
 
 
 def manifest_path(data: Path, corpus: str, split: str) -> Path:
@@ -55,6 +60,7 @@ def run(run: Run) -> None:
     Raises:
         ConfigError: the recipe does not know the domain of a corpus.
         DataError: too many cuts fail, an id is there twice, or a split ends up empty; the message names the first file.
+        ArtifactError: the manifests were made from other inputs, or their audio lies elsewhere now.
     """
     config = run.recipe.manifests
     for corpus in run.corpora:
@@ -63,6 +69,7 @@ def run(run: Run) -> None:
     folder = run.data / "manifests"
     artifact = Artifact(folder, kind="manifests", config=_identity(run.corpora, config), inputs={c.name: c.source.fingerprint() for c in run.corpora})
     if artifact.is_done():
+        _check_place(run)
         return
     with artifact.making() as record:
         failures: list[dict[str, str]] = []
@@ -76,6 +83,18 @@ def run(run: Run) -> None:
                 record.counts[corpus.name][split] = report
                 logger.info("manifests: %s %s: %s", corpus.name, split, _summary(report))
         write_text(folder / "failures.jsonl", _lines(failures))
+
+
+def _check_place(run: Run) -> None:
+    """Look whether the first audio of every finished manifest is where it says; a moved folder of audio keeps its fingerprint."""
+    for corpus in run.corpora:
+        for split in corpus.source.splits():
+            path = manifest_path(run.data, corpus.name, split)
+            first = next(iter(CutSet.from_jsonl_lazy(path)), None) if path.exists() else None
+            for source in first.recording.sources if first is not None else ():
+                if source.type == "file" and not Path(source.source).exists():
+                    message = f"{path} names {source.source}, which does not exist: put the audio back, or remove {path.parent}"
+                    raise ArtifactError(f"{message} and make the stages from `manifests` on again")
 
 
 def _identity(corpora: list[CorpusConfig], config: ManifestsConfig) -> dict[str, Any]:
@@ -92,18 +111,22 @@ def _make_split(data: Path, corpus: CorpusConfig, split: str, config: ManifestsC
     """
     path = manifest_path(data, corpus.name, split)
     report_path = data / "manifests" / f"{corpus.name}_report_{split}.json"
+    folder = data / "manifests" / f"{corpus.name}_parts_{split}"
     if report_path.exists():
-        taken.update(seed_from(cut.id) for cut in (CutSet.from_jsonl_lazy(path) if path.exists() else ()))
+        shutil.rmtree(folder, ignore_errors=True)
+        taken.update(_keys(path) if path.exists() else ())
         found: dict[str, Any] = read_json(report_path)
         return found
     tally = _Tally()
-    write_atomic(path, lambda temporary: _write_cuts(temporary, _checked(corpus, split, config, taken, tally)))
+    parts = _make_parts(folder, corpus, split, config, taken, tally)
+    write_atomic(path, lambda temporary: _join(temporary, parts))
     report = tally.report()
     failed = len(tally.failures)
     share = failed / max(failed + tally.cuts, 1)
     if share > config.max_failed_share:
         write_text(data / "manifests" / "failures.jsonl", _lines(tally.failures))
         path.unlink()
+        shutil.rmtree(folder)  # repaired files are to be looked at again
         first = tally.failures[0]
         raise DataError(
             f"corpus {corpus.name}, split {split}: {failed} of {failed + tally.cuts} cuts failed, a share of {share:.3g}, but `max_failed_share` is "
@@ -112,6 +135,7 @@ def _make_split(data: Path, corpus: CorpusConfig, split: str, config: ManifestsC
         )
     if tally.cuts == 0:
         path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
         if split == "train" or tally.skipped:
             raise DataError(f"corpus {corpus.name}, split {split}: no cut is left ({_summary(report)})", cause="empty")
         logger.warning("corpus %s: the source has nothing for the split %s", corpus.name, split)
@@ -119,42 +143,92 @@ def _make_split(data: Path, corpus: CorpusConfig, split: str, config: ManifestsC
         share = 100 * tally.silent / tally.cuts
         logger.warning("corpus %s, split %s: %d of %d cuts are silent (%.1f %%)", corpus.name, split, tally.silent, tally.cuts, share)
     write_json(report_path, report)
+    shutil.rmtree(folder, ignore_errors=True)
     return report
 
 
-def _checked(corpus: CorpusConfig, split: str, config: ManifestsConfig, taken: set[int], tally: _Tally) -> Iterator[MonoCut]:
-    """Prepared cuts of a split in the source's order, counted in `tally`; refuses an id that is in `taken` already."""
+def _make_parts(folder: Path, corpus: CorpusConfig, split: str, config: ManifestsConfig, taken: set[int], tally: _Tally) -> list[Path]:
+    """Files of the prepared cuts of a split, PART_ITEMS items of the source each; those that a stopped run left are taken as they are.
+
+    Beside each is a file of its counts, written last, which all go into `tally`. Refuses an id that is in `taken` already.
+    """
+    files: list[Path] = []
+    items = corpus.source.files(split)
+    with Meter(f"manifests: {corpus.name} {split}", None, unit="cuts") as meter:
+        while True:
+            path = folder / f"{corpus.name}_{split}_{len(files):06d}.jsonl.gz"
+            counts = path.with_name(f"{path.name}.json")
+            if counts.exists():
+                found = read_json(counts)
+                next(itertools.islice(items, found["items"] - 1, None))  # go past them
+                taken.update(_keys(path) if found["cuts"] else ())
+            else:
+                first = next(items, None)
+                if first is None:
+                    return files
+                part = _Tally(tally.audio_s)
+                some = itertools.chain([first], itertools.islice(items, PART_ITEMS - 1))
+                cuts = _checked(corpus, some, config, taken, part, meter)
+                write_atomic(path, lambda temporary, cuts=cuts: _write_cuts(temporary, cuts))  # type: ignore[misc]
+                found = part.state()
+                write_json(counts, found)
+            tally.take(found)
+            files.append(path)
+
+
+def _checked(
+    corpus: CorpusConfig, items: Iterable[SourceItem], config: ManifestsConfig, taken: set[int], tally: _Tally, meter: Meter
+) -> Iterator[MonoCut]:
+    """Prepared cuts of some items in their order, counted in `tally`; refuses an id that is in `taken` already."""
 
     def work(item: SourceItem) -> Prepared:
         return prepare(item, corpus, config)
 
-    with Meter(f"manifests: {corpus.name} {split}", None, unit="cuts") as meter:
-        for prepared in ordered_map(work, corpus.source.files(split)):
-            tally.add(prepared)
-            for cut in prepared.cuts:
-                key = seed_from(cut.id)
-                if key in taken:
-                    raise DataError(_twice(corpus, cut.id), cause="duplicate_id")
-                taken.add(key)
-                meter.advance(1, audio_s=cut.duration)
-                yield cut
+    for prepared in ordered_map(work, items):
+        tally.add(prepared)
+        for cut in prepared.cuts:
+            key = seed_from(cut.id)
+            if key in taken:
+                raise DataError(_twice(corpus, cut.id), cause="duplicate_id")
+            taken.add(key)
+            meter.advance(1, audio_s=cut.duration)
+            yield cut
+
+
+def _keys(path: Path) -> Iterator[int]:
+    """What stands for the ids of a manifest in the set of those that are taken."""
+    return (seed_from(entry.id) for entry in manifest_entries(path))
 
 
 class _Tally:
-    """Counts of one split."""
+    """Counts of one split, or of one part of it. audio_s: of the parts before it, as sums of floats depend on their order."""
 
-    def __init__(self) -> None:
-        self.cuts, self.silent, self.audio_s = 0, 0, 0.0
+    def __init__(self, audio_s: float = 0.0) -> None:
+        self.items, self.cuts, self.silent, self.clipped, self.audio_s = 0, 0, 0, 0, audio_s
         self.skipped: Counter[str] = Counter()
         self.failures: list[dict[str, str]] = []
 
     def add(self, prepared: Prepared) -> None:
         """Count what became of one item."""
+        self.items += 1
         self.cuts += len(prepared.cuts)
         self.silent += prepared.silent
+        self.clipped += prepared.clipped
         self.audio_s += sum(cut.duration for cut in prepared.cuts)
         self.skipped += prepared.skipped
         self.failures += prepared.failures
+
+    def state(self) -> dict[str, Any]:
+        """JSON of all counts of a part."""
+        return {key: getattr(self, key) for key in ("items", "cuts", "silent", "clipped", "audio_s", "skipped", "failures")}
+
+    def take(self, part: dict[str, Any]) -> None:
+        """Count the next part by its `state`."""
+        for key in ("items", "cuts", "silent", "clipped"):
+            setattr(self, key, getattr(self, key) + part[key])
+        self.audio_s = part["audio_s"]
+        self.skipped.update(part["skipped"])
+        self.failures += part["failures"]
 
     def report(self) -> dict[str, Any]:
         """JSON of the counts."""
@@ -164,6 +238,7 @@ class _Tally:
             "hours": round(self.audio_s / 3600, 6),
             "audio_s": round(self.audio_s, 6),
             "silent": self.silent,
+            "clipped": self.clipped,
             "skipped": dict(sorted(self.skipped.items())),
             "failed": dict(sorted(causes.items())),
             "failures": self.failures,
@@ -196,9 +271,18 @@ def _twice(corpus: CorpusConfig, cut_id: str) -> str:
 
 
 def _write_cuts(path: Path, cuts: Iterable[MonoCut]) -> None:
-    with path.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as file:
+    with gzip.open(path, "wb", compresslevel=1) as file:
         for cut in cuts:
             file.write((json.dumps(cut.to_dict(), ensure_ascii=False) + "\n").encode())
+
+
+def _join(path: Path, parts: Iterable[Path]) -> None:
+    """Write the lines of all parts; the bytes do not depend on where a part ends."""
+    with path.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as file:
+        for part in parts:
+            with gzip.open(part, "rb") as source:
+                for line in source:
+                    file.write(line)
 
 
 def _lines(failures: list[dict[str, str]]) -> str:

@@ -19,9 +19,9 @@ from spear.models.base import Encoder
 from spear.models.student import Student
 from spear.models.zipformer.compiled import compile_layers
 from spear.objectives import PretrainModule
+from spear.stages.agreement import check_shards
 from spear.stages.artifact import DONE, UNFINISHED, Artifact, Record, fingerprint_of, read_artifact
 from spear.stages.online import inputs_of, make_labeller
-from spear.stages.shards import check_teachers
 from spear.teachers.online import LabelledSource, Labeller
 from spear.training import Trainer, TrainingResult, World, process_group
 from spear.training.distributed import pick_device
@@ -41,7 +41,10 @@ FREE = {
     ),
 }
 """Settings that change how a run goes, but not the weights that come out; they may differ when it is continued. `training.max_steps` is one,
-too, where the schedule fits a run of any length."""
+too, where the schedule fits a run of any length. `training.accumulation` stands in the identity as the batches of an update, those of all
+processes together, so that a run goes on with another number of processes where the product stays."""
+PROCESSES = "processes"
+"""Where the record of a finished run says how many there were, if there were several."""
 
 
 def run(run: Run) -> None:
@@ -55,12 +58,14 @@ def run(run: Run) -> None:
     """
     with process_group(run.recipe.training.device) as world:
         labeller = make_labeller(run, pick_device(run.recipe.training.device, world))
-        artifact = Artifact(run.exp, kind="pretrain", config=_config(run), inputs={**_inputs(run), **inputs_of(labeller)})
+        artifact = Artifact(run.exp, kind="pretrain", config=_config(run, _processes(run, world)), inputs={**_inputs(run), **inputs_of(labeller)})
         if _is_done(run, artifact, world):
             return
         with artifact.making(world.size) if world.is_main else nullcontext(Record()) as record:
             trainer, train, valid = make_trainer(run, artifact.fingerprint, world, labeller)
             _describe(record, trainer.run(), train, valid)
+            if world.size > 1:
+                record.extra[PROCESSES] = world.size
 
 
 def make_trainer(run: Run, fingerprint: str, world: World, labeller: Labeller | None = None) -> tuple[Trainer, TrainSource, ValidSource | None]:
@@ -93,7 +98,9 @@ def make_trainer(run: Run, fingerprint: str, world: World, labeller: Labeller | 
         train, valid = cast(TrainSource, LabelledSource(train, labeller)), valid and cast(ValidSource, LabelledSource(valid, labeller))
     seed = seed_from(recipe.seed, "training")
     kept = recipe.export.milestones(recipe.training.max_steps)
-    trainer = Trainer(recipe.training, module, train, valid, run.exp, seed, fingerprint, world=world, description=_config(run), milestones=kept)
+    trainer = Trainer(
+        recipe.training, module, train, valid, run.exp, seed, fingerprint, world=world, description=_config(run, world.size), milestones=kept
+    )
     return trainer, train, valid
 
 
@@ -101,9 +108,9 @@ def _is_done(run: Run, artifact: Artifact, world: World) -> bool:
     """Whether the run is finished; one that is to be longer than it was is opened again. Every process must call it.
 
     Raises:
-        ArtifactError: EXP holds another run, a longer one, or one whose schedule does not allow more updates.
+        ArtifactError: EXP holds another run, a longer one, one of other batches, or one whose schedule does not allow more updates.
     """
-    _check_length(run)
+    _check_continued(run, _processes(run, world))
     if not artifact.is_done():
         return False
     done, wanted = int(read_artifact(run.exp)["counts"]["steps"]), run.recipe.training.max_steps
@@ -120,20 +127,41 @@ def _is_done(run: Run, artifact: Artifact, world: World) -> bool:
     return False
 
 
-def _check_length(run: Run) -> None:
-    """Say so where nothing but the length of the run differs from the one in EXP, and its schedule depends on that.
+def _processes(run: Run, world: World) -> int:
+    """Processes that the identity counts: those of this run, or those that a finished one had where nothing is left to train."""
+    if (run.exp / DONE).exists():
+        record, training = read_json(run.exp / DONE), run.recipe.training
+        had = int(record.get("extra", {}).get(PROCESSES, 1))
+        begun = record["config"].get("training", {}).get("accumulation")
+        if record["counts"].get("steps") == training.max_steps and begun == had * training.accumulation:
+            return had
+    return world.size
+
+
+def _check_continued(run: Run, processes: int) -> None:
+    """Say so where nothing differs from the run in EXP but its batches per update, or its length, on which the schedule depends.
 
     Raises:
         ArtifactError: it does.
     """
     training = run.recipe.training
     record = next((run.exp / name for name in (DONE, UNFINISHED) if (run.exp / name).exists()), None)
-    if training.schedule.FITS_ANY_LENGTH or record is None:
+    if record is None:
         return
-    before = read_json(record).get("config", {})
-    begun = before.get("training", {}).get("max_steps")
-    now = _config(run)
-    if begun != training.max_steps and {**before, "training": {**before.get("training", {}), "max_steps": training.max_steps}} == now:
+    before, now = read_json(record).get("config", {}), _config(run, processes)
+    settings = before.get("training", {})
+    batches = int(settings.get("accumulation", 0))
+    if batches != now["training"]["accumulation"] and {**before, "training": {**settings, "accumulation": now["training"]["accumulation"]}} == now:
+        fits = f"set `training.accumulation` to {batches // processes}" if batches % processes == 0 else "take a number of processes that divides it"
+        present = f"{processes} process{'es' if processes > 1 else ''} with `training.accumulation` {training.accumulation}"
+        raise ArtifactError(
+            f"{run.exp} was begun with {batches} batches per update, but {present} "
+            f"make {now['training']['accumulation']}: the product must stay; {fits}, or take another folder"
+        )
+    begun = settings.get("max_steps")
+    if training.schedule.FITS_ANY_LENGTH or begun == training.max_steps:
+        return
+    if {**before, "training": {**settings, "max_steps": training.max_steps}} == now:
         kind = now["training"]["schedule"]["type"]
         raise ArtifactError(
             f"{run.exp} was begun with `training.max_steps` {begun}, which is now {training.max_steps}: the schedule `{kind}` falls over the whole "
@@ -161,20 +189,21 @@ def _starting_point(run: Run, name: str) -> str | Path:
     return next((path for path in (run.data / name, Path(name).expanduser()) if path.exists()), name)
 
 
-def _config(run: Run) -> dict[str, Any]:
+def _config(run: Run, processes: int = 1) -> dict[str, Any]:
+    """Settings of the identity; `training.accumulation` is that of all `processes` together."""
     settings = to_json(run.recipe)
     kept = {key: settings[key] for key in SETTINGS}
     for key, names in FREE.items():
         kept[key] = {name: value for name, value in kept[key].items() if name not in names}
     if run.recipe.training.schedule.FITS_ANY_LENGTH:
         del kept["training"]["max_steps"]
+    kept["training"]["accumulation"] *= processes
     return {**kept, "corpora": {corpus.name: corpus.weight for corpus in run.corpora}}
 
 
 def _inputs(run: Run) -> dict[str, str]:
     for corpus in run.corpora:
-        if run.recipe.tokens.source == "stored":
-            check_teachers(run, read_artifact(run.data / "shards" / corpus.name), run.labels(corpus.domain))
+        check_shards(run, corpus)
     found = {f"shards/{corpus.name}": fingerprint_of(run.data / "shards" / corpus.name) for corpus in run.corpora}
     if run.recipe.init_from is not None:
         found["init_from"] = fingerprint_source(read_source(_starting_point(run, run.recipe.init_from)))

@@ -123,9 +123,10 @@ class Cost:
             "wall_s": round(self.before.get("wall_s", 0.0) + spent, 3),
             "peak_memory_mb": max(self.before.get("peak_memory_mb", 0.0), round(peak_memory_mb(), 1)),
         }
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            peak = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-            found["peak_gpu_memory_mb"] = max(self.before.get("peak_gpu_memory_mb", 0.0), peak)
+        # the current device, which is the process's own; a process that never put anything there did not use it
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else 0
+        if peak > 0:
+            found["peak_gpu_memory_mb"] = max(self.before.get("peak_gpu_memory_mb", 0.0), round(peak / 2**20, 1))
             found["gpu_hours"] = round(self.before.get("gpu_hours", 0.0) + self.processes * spent / 3600, 6)
         if self.energy:
             found["energy_kwh"] = round(self.before.get("energy_kwh", 0.0) + sum(counter.update() for counter in self.energy) / KWH, 6)

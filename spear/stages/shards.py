@@ -17,12 +17,12 @@ from spear.data.corpora import CorpusConfig
 from spear.data.fbank import SAMPLE_RATE
 from spear.data.shards import ShardsConfig, write_index, write_shard
 from spear.data.token_store import TokenStore
-from spear.errors import ArtifactError, DataError
+from spear.errors import DataError
 from spear.files import read_tensors, sha256_file, write_tensors
 from spear.progress import Meter
-from spear.stages.artifact import Artifact, Record, differences, fingerprint_of, read_artifact
+from spear.stages.agreement import check_quantizer, check_teachers, teacher_settings, without_location
+from spear.stages.artifact import Artifact, Record, fingerprint_of, read_artifact
 from spear.stages.manifests import find_manifest, manifest_path
-from spear.teachers.base import TeacherConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,11 +58,12 @@ def _make_corpus(run: Run, corpus: CorpusConfig) -> None:
             failures = folder_of_tokens / "failures.jsonl"
             if failures.exists() and failures.stat().st_size:  # the store may be completed later, by `spear tokens --retry-failed`
                 inputs[f"failures/{teacher}/{split}"] = sha256_file(failures)
-    for teacher in teachers:
-        for split in splits:
-            check_teachers(run, read_artifact(_token_folder(run.data, teacher, corpus.name, split)), [teacher])
+            made = read_artifact(folder_of_tokens)
+            known = made.get("inputs", {})
+            check_teachers(run, made, [teacher], {teacher: known["teacher"]} if "teacher" in known else {})
+            check_quantizer(run, teacher, known.get("quantizer"))
     config = {"shards": to_json(run.recipe.shards), "domain": corpus.domain, "teachers": teacher_settings(run, teachers)}
-    artifact = Artifact(folder, kind="shards", config=config, inputs=inputs)
+    artifact = Artifact(folder, kind="shards", config=config, inputs=inputs, counted=without_location)
     if not artifact.is_done():
         with artifact.making() as record:
             for split in splits:
@@ -70,26 +71,6 @@ def _make_corpus(run: Run, corpus: CorpusConfig) -> None:
                 _make_split(run.data, corpus, split, stores, run.recipe.shards, record)
     for split in splits:
         shutil.rmtree(folder / f"{split}_{PARTS}", ignore_errors=True)
-
-
-def teacher_settings(run: Run, teachers: Iterable[str]) -> dict[str, Any]:
-    """The recipe's settings of some teachers, by name."""
-    return {name: to_json(run.recipe.teachers[name], TeacherConfig) for name in teachers if name in run.recipe.teachers}
-
-
-def check_teachers(run: Run, artifact: dict[str, Any], teachers: Iterable[str]) -> None:
-    """Check that tokens or shards were made by the teachers that the recipe names today.
-
-    Args:
-        artifact: record of a finished folder with ``config.teachers``. teachers: names to compare.
-    Raises:
-        ArtifactError: a teacher's settings differ; names the first difference.
-    """
-    made_by = artifact["config"].get("teachers", {})
-    for name, settings in teacher_settings(run, teachers).items():
-        changes = list(differences(made_by.get(name), settings, f"teachers.{name}"))
-        if changes:
-            raise ArtifactError(f"the {artifact['kind']} were made by another teacher {name}: {changes[0]}; make the stages from `features` on again")
 
 
 def _token_folder(data: Path, teacher: str, corpus: str, split: str) -> Path:

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spear.config import to_json
 from spear.data.scan import manifest_entries
 from spear.data.token_store import TokenWriter
 from spear.errors import ArtifactError, ConfigError, DataError
 from spear.files import sha256_file
 from spear.progress import Meter
 from spear.quantizers.card import entry_counts
+from spear.stages.agreement import check_quantizer, teacher_settings, without_location
 from spear.stages.artifact import Artifact, Record, fingerprint_of, read_artifact
 from spear.stages.manifests import find_manifest, manifest_path
 from spear.stages.session import BusyError
-from spear.teachers.base import Teacher, TeacherConfig
+from spear.teachers.base import Teacher
 from spear.teachers.extraction import (
     TokensConfig,
     check_failures,
@@ -91,6 +91,8 @@ def run(run: Run, *, num_shards: int = 1, shard: int = 0, retry_failed: bool = F
         reason = "names no teachers" if not run.recipe.teachers else "labels batches online"
         logger.info("tokens: the recipe %s, nothing to do", reason)
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     for name in run.recipe.quantizers:
         corpora = corpora_of(name, run.corpora, run.teachers_of)
         if not corpora:
@@ -116,15 +118,15 @@ class Tokenizer:
     device: torch.device
 
     def encode(self, features: Tensor) -> Tensor:
-        """Codes (F, C) on the CPU of teacher frames (F, D)."""
-        return torch.as_tensor(self.quantizer.encode(features)).cpu()
+        """Codes (F, C), where the quantizer is, of teacher frames (F, D)."""
+        return torch.as_tensor(self.quantizer.encode(features))
 
 
 def load_tokenizer(run: Run, name: str, device: torch.device) -> Tokenizer:
     """The teacher and quantizer of a recipe, checked against each other.
 
     Raises:
-        ArtifactError: the quantizer is not finished, or was fitted on another teacher.
+        ArtifactError: the quantizer is not finished, or was fitted on another teacher or with other settings.
     """
     from spear.quantizers import load_quantizer
 
@@ -136,6 +138,7 @@ def load_tokenizer(run: Run, name: str, device: torch.device) -> Tokenizer:
         raise ArtifactError(
             f"{folder} was fitted on another teacher than `teachers.{name}`: remove {features} and {folder}, then run both stages again"
         )
+    check_quantizer(run, name)
     quantizer: Any = load_quantizer(folder)
     if quantizer.dim != teacher.dim:
         raise ArtifactError(f"{folder} takes frames of width {quantizer.dim}, but the teacher {name} gives {teacher.dim}")
@@ -160,13 +163,14 @@ def _tokenize(run: Run, tokenizer: Tokenizer, manifest: Path, folder: Path, shar
         config={
             "cuts_per_block": config.cuts_per_block,
             "length_tolerance_frames": config.length_tolerance_frames,
-            "teachers": {tokenizer.name: to_json(run.recipe.teachers[tokenizer.name], TeacherConfig)},
+            "teachers": teacher_settings(run, [tokenizer.name]),
         },
         inputs={
             "teacher": tokenizer.spec.teacher_fingerprint,
             "quantizer": tokenizer.spec.quantizer_fingerprint,
             "manifest": sha256_file(manifest),
         },
+        counted=without_location,
     )
     writer = TokenWriter(folder, tokenizer.spec)
     job = Job(tokenizer, manifest, writer, config, count_cuts(manifest))
@@ -335,7 +339,8 @@ class _Block:
         self.failed.update({outcome.cut_id: failure_of(outcome) for outcome in part.outcomes if outcome.features is None})
         good = [(outcome.cut_id, outcome.features) for outcome in part.outcomes if outcome.features is not None]
         if good:
-            rows = tokenizer.encode(torch.cat([features for _, features in good])).split([len(features) for _, features in good])
+            codes = tokenizer.encode(torch.cat([features for _, features in good])).cpu()
+            rows = codes.split([len(features) for _, features in good])
             self.codes.update({cut_id: item for (cut_id, _), item in zip(good, rows)})
 
     def write(self, writer: TokenWriter, part: Part) -> tuple[int, int]:

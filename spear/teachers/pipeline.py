@@ -166,6 +166,8 @@ def find_batch_seconds(teacher: Teacher, longest_s: float, device: torch.device,
         except torch.OutOfMemoryError:
             return longest_s
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    del audio
+    torch.cuda.empty_cache()  # what torch holds on to is not free for the device
     per_item = max(1.0, (peaks[1] - peaks[0]) / 2)
     free, _ = torch.cuda.mem_get_info(device)
     fit = int((share * free - (peaks[0] - per_item)) / per_item)

@@ -52,8 +52,9 @@ class TrainingConfig:
     compile: bool = False
     """Let `torch.compile` translate the student's layers, minutes at the start of a run. On a CPU it gains next to nothing; needs a C++ compiler
     there, and Triton on a GPU."""
-    find_unused_parameters: bool = True
-    """`ddp`: allow parameters that a batch does not use, such as the head of a teacher of another domain."""
+    find_unused_parameters: bool | None = None
+    """`ddp`: search every batch for parameters that it does not use, which takes time; null: only where student or objective may leave some
+    without a gradient."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Who is told the metrics beside `metrics.jsonl`: `tensorboard`, `wandb`."""
     num_threads: int | None = None

@@ -18,6 +18,10 @@ from spear.training.distributed import World
 Kind = Literal["ddp", "fsdp"]
 UNIT = "training_unit"
 """A class attribute, true on the layers that are recomputed and spread one by one."""
+ALL_LAYERS = "runs_all_layers"
+"""An attribute of modules that may skip layers: set to true, they run them all the same."""
+USES_ALL = "uses_all"
+"""An attribute of the whole module, true where every training batch gives all parameters a gradient."""
 
 
 class Alone:
@@ -46,7 +50,8 @@ class Replicated(Alone):
     def __init__(self, module: nn.Module, world: World, device: torch.device, *, find_unused: bool) -> None:
         super().__init__(module)
         ids = [device.index] if device.type == "cuda" else None
-        self.model = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=find_unused)
+        how: dict[str, Any] = {"find_unused_parameters": find_unused, "gradient_as_bucket_view": True}
+        self.model = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, **how)
 
     def sync(self, last: bool) -> AbstractContextManager[Any]:
         """See `Alone.sync`."""
@@ -65,6 +70,9 @@ class Sharded(Alone):
         from torch.distributed.fsdp import fully_shard  # takes a second to import
 
         super().__init__(module)
+        for part in module.modules():
+            if hasattr(part, ALL_LAYERS):
+                setattr(part, ALL_LAYERS, True)
         mesh = init_device_mesh(device.type, (world.size,))
         scalars = {p for p in module.parameters() if p.ndim == 0}
         for unit in units(module):
@@ -88,10 +96,16 @@ class Sharded(Alone):
             p.grad = grad
 
 
-def spread(kind: Kind, module: nn.Module, world: World, device: torch.device, *, find_unused: bool) -> Alone:
-    """Make `module`, which is on `device`, work on all processes of `world`."""
+def spread(kind: Kind, module: nn.Module, world: World, device: torch.device, *, find_unused: bool | None = None) -> Alone:
+    """Make `module`, which is on `device`, work on all processes of `world`.
+
+    Args:
+        find_unused: DDP searches every batch for parameters that it does not use; None: unless the module says that there are none.
+    """
     if world.size == 1:
         return Alone(module)
+    if find_unused is None:
+        find_unused = not getattr(module, USES_ALL, False)
     return Sharded(module, world, device) if kind == "fsdp" else Replicated(module, world, device, find_unused=find_unused)
 
 

@@ -7,29 +7,40 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from spear.errors import SpearError
 from spear.training.bad_batch import HINT
 from spear.training.checkpoint import load_module_states, module_states
+from spear.training.sharding import local
 
 
-def rehearse(module: nn.Module, batch: Any, update: Callable[[], None]) -> None:
+def rehearse(module: nn.Module, optimizer: Optimizer, batch: Any, update: Callable[[], None]) -> None:
     """Make an update's passes with the largest batch, and leave everything as it was.
 
     Args:
-        module: whose state is kept. batch: named in the error. update: forward and backward with it.
+        module: whose state is kept. optimizer: memory for its state is taken meanwhile. batch: named in the error. update: forward and
+            backward with it.
     Raises:
         SpearError: the memory does not suffice; says what to change.
     """
     with _untouched(module):
         try:
+            room = room_for_state(optimizer)
             update()
+            del room
         except (torch.OutOfMemoryError, MemoryError) as error:
             text = " ".join(str(error).split())[:160]
             raise SpearError(
                 f"the largest batch, {len(batch.ids)} cuts and {batch.seconds:.0f} s, does not fit into the memory ({HINT}): {text}"
             ) from error
+
+
+def room_for_state(optimizer: Optimizer) -> list[Tensor]:
+    """Memory as large as the state that `optimizer` makes in its first step: two moments of every parameter; none once they are there."""
+    missing = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+    return [torch.empty_like(local(p)) for p in missing for _ in range(2)]
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spear.transfer import send
+
 
 class Reports:
     """Yes-or-no reports of parts with ``take_reports()`` and ``settle(reports, yes)``.
@@ -27,7 +29,7 @@ class Reports:
     def take(self, device: torch.device) -> Tensor:
         """What this process's batches say, to be summed over processes; (2 P,) float64: numbers of reports, then of those that say yes."""
         found: list[list[Tensor]] = [part.take_reports() for part in self._parts]
-        counts = torch.tensor([len(reports) for reports in found], dtype=torch.float64, device=device)
+        counts = send(torch.tensor([len(reports) for reports in found], dtype=torch.float64), device)
         none = torch.zeros((), dtype=torch.int64, device=device)
         yes = [torch.stack(reports).sum() if reports else none for reports in found]
         return torch.cat([counts, torch.stack(yes).double()]) if yes else counts

@@ -31,6 +31,7 @@ from spear.training.sharding import local, total_norm
 from spear.training.signals import StopSignals
 from spear.training.tracking import METRICS, Tracker, last_record
 from spear.training.watch import Change, count_flops, speeds
+from spear.transfer import send
 
 __all__ = ["BatchSource", "TrainBatch", "TrainModule", "Trainer", "TrainingConfig", "TrainingResult", "ValidSource"]
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class Trainer:
                     loss = self.parallel.model(batch.to(self.device), self._generator("rehearsal")).loss
                 loss.backward()
 
-        rehearse(self.module, batch, update)
+        rehearse(self.module, self.optimizer, batch, update)
         self.reports.take(self.device)
         self.hooks.discard_step()
 
@@ -197,7 +198,7 @@ class Trainer:
         with self.watch.phase("optimizer"):
             mine = [sum(batch.seconds for batch in seen), float(stop.received is not None)]
             bad = (~torch.isfinite(torch.stack(losses))).sum()
-            told = [torch.tensor(mine, dtype=torch.float64, device=self.device), self.reports.take(self.device)]
+            told = [send(torch.tensor(mine, dtype=torch.float64), self.device), self.reports.take(self.device)]
             total = torch.cat([torch.stack([torch.stack(counts).sum(), bad]), *told])
             norm = self._scale_gradients(self.world.sum_(total)[0])
             # the one place where the host waits for the device
@@ -222,7 +223,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scale.update(self.state.step, overflow=False)
-        norms = {"grad_norm": torch.tensor([grad_norm, 1.0], device=self.device), **(change.norms() if change is not None else {})}
+        norms = {"grad_norm": send(torch.tensor([grad_norm, 1.0]), self.device), **(change.norms() if change is not None else {})}
         if self.world.is_main:
             self.window.add(norms)
         self.hooks.after_step(self.state.step)

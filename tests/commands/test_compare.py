@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from spear.errors import ConfigError, DataError
 from spear.stages import features, manifests
 from spear.stages.quantizers import read_frames
 from spear.teachers.logmel import LogMelConfig
+from spear.teachers.pipeline import Outcome, extract_cuts
 from tests.data.cuts import cut_of, save, tone, write_cuts
 
 RECIPE = """
@@ -90,3 +93,35 @@ def test_compare_raises_when_teacher_or_cuts_are_missing(place: Path) -> None:
     run = load_runs(options(place, "a"))[0]
     with pytest.raises(DataError, match="needs at least 2 valid cuts, but .* has 1"):
         gather(run, "mel", run.recipe.teachers["mel"].build(run.data), 1)
+
+
+class OnDevice(torch.Tensor):
+    """Frames on a GPU: a copy of them is made for the CPU."""
+
+    def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor).clone()
+
+
+def test_make_frames_keeps_no_frames_on_the_device(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_runs(options(place, "a"))[0]
+    teacher = run.recipe.teachers["mel"].build(run.data)
+    expected = make_frames(run, run.corpora, teacher)
+    made: list[weakref.ref[torch.Tensor]] = []
+    peak = 0
+
+    def on_device(*args: Any, **settings: Any) -> Iterator[list[Outcome]]:
+        nonlocal peak
+        for outcomes in extract_cuts(*args, **{**settings, "batch_seconds": 0.1}):
+            for outcome in outcomes:
+                assert outcome.features is not None
+                frames = outcome.features.as_subclass(OnDevice)
+                made.append(weakref.ref(frames))
+                peak = max(peak, sum(ref() is not None for ref in made))
+                yield [outcome._replace(features=frames)]
+                del frames
+
+    monkeypatch.setattr("spear.commands.compare.extract_cuts", on_device)
+    found = make_frames(run, run.corpora, teacher)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
+    assert len(made) > 2
+    assert peak <= 2

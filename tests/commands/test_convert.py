@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from lhotse import CutSet
+from lhotse.cut import MonoCut
 from lhotse.shar import SharWriter
 
 import spear.commands.convert as convert
 from spear.cli import main
+from spear.data.token_convert import open_shar
 from spear.data.token_store import TokenStore, TokenWriter
 from spear.files import read_json
+from spear.types import TokenSpec
 from tests.data.cuts import AUDIO, SPEECH, cut_of, make_shards, save, tone, write_cuts
 
 RECIPE = """
@@ -94,6 +97,20 @@ def test_convert_makes_of_a_store_the_shar_that_shards_hold(place: Path, tmp_pat
     assert read_json(tmp_path / "out" / "artifact.json")["counts"] == {"cuts": 8, "shards": 3}
 
 
+def test_convert_keeps_all_codes_of_cuts_that_start_late(tmp_path: Path) -> None:
+    recording = cut_of(save(tmp_path / "long.wav", tone(5.0))).recording
+    cuts = [MonoCut(f"c{start}", float(start), 3.0, 0, recording=recording) for start in range(3)]
+    codes = [torch.arange(75)[:, None] + 75 * start for start in range(3)]
+    writer = TokenWriter(tmp_path / "store", TokenSpec(1, 256, 25.0, 0.02))
+    writer.write(0, [cut.id for cut in cuts], codes)
+    writer.close(1)
+    manifest = write_cuts(tmp_path / "cuts.jsonl.gz", cuts)
+    assert run(tmp_path / "store", tmp_path / "out", "--manifest", manifest, "--field", "units") == 0
+    for cut, expected in zip(CutSet.from_shar(in_dir=str(tmp_path / "out" / "shar")), codes, strict=True):
+        np.testing.assert_array_equal(cut.load_units(), expected.numpy())
+        np.testing.assert_array_equal(cut.truncate(offset=1.0, duration=1.0).load_units(), expected[25:50].numpy())
+
+
 def test_shards_can_be_made_of_a_converted_store(place: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(place / "data", data)
@@ -139,22 +156,22 @@ def test_convert_takes_one_of_several_teachers(tmp_path: Path, capsys: pytest.Ca
         assert all(np.array_equal(found[cut_id], store[cut_id]) for cut_id in store)
 
 
-def foreign(folder: Path, codes: dict[str, Any]) -> Path:
+def foreign(folder: Path, codes: dict[str, Any], shift: float = 0.04) -> Path:
     """Shar as Lhotse's own writer makes it."""
     folder.mkdir()
     with SharWriter(str(folder), fields={"units": "numpy"}, shard_size=2) as writer:
         for name, rows in codes.items():
-            cut = cut_of(save(folder.parent / f"{name}.wav", tone(len(rows) / 25)), name)
-            cut.units = _stored(cut, rows, folder.parent)
+            cut = cut_of(save(folder.parent / f"{name}.wav", tone(len(rows) * shift)), name)
+            cut.units = _stored(cut, rows, folder.parent, shift)
             writer.write(cut)
     return folder
 
 
-def _stored(cut: Any, rows: Any, folder: Path) -> Any:
+def _stored(cut: Any, rows: Any, folder: Path, shift: float) -> Any:
     from lhotse import NumpyFilesWriter
 
     with NumpyFilesWriter(str(folder / "arrays")) as arrays:
-        return arrays.store_array(cut.id, rows, temporal_dim=0, frame_shift=0.04, start=0)
+        return arrays.store_array(cut.id, rows, temporal_dim=0, frame_shift=shift, start=0)
 
 
 def test_convert_reads_the_shar_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +187,14 @@ def test_convert_reads_the_shar_of_other_programs(tmp_path: Path, capsys: pytest
     assert all(np.array_equal(store[name], rows) and store[name].dtype == np.int16 for name, rows in codes.items())
     real = foreign(tmp_path / "real", {"d": np.ones((20, 3), np.float32)})
     assert "codes of d must be whole numbers, but are float32" in error_of(capsys, real, tmp_path / "floats", *how, 500)
+
+
+@pytest.mark.parametrize(
+    ("shift", "rate"), [(512 / 44100, 44100 / 512), (1 / 75, 75.0), (0.02, 50.0), (320 / 22050, 22050 / 320), (0.0133333, 1 / 0.0133333)]
+)
+def test_convert_keeps_the_frame_rate_of_other_programs(tmp_path: Path, shift: float, rate: float) -> None:
+    folder = foreign(tmp_path / "foreign", {"a": np.zeros((20, 1), np.int16)}, shift)
+    assert open_shar(folder, "units", 500, 0.02).spec.frame_rate_hz == rate
 
 
 def test_convert_says_in_one_line_what_does_not_fit(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import soundfile
 import torch
 
-from spear.commands.encode import encode_files, output_names
+from spear.commands.encode import encode_files, output_names, select
 from spear.errors import CheckpointError, ConfigError, DataError
 from spear.export import save_encoder
 from spear.export.audio import read_audio
+from spear.types import EncoderOutput
 from tests.export.tiny import tiny_encoder, tone
 
 
@@ -147,6 +149,13 @@ def test_encode_raises_data_error_when_a_file_is_missing_and_writes_nothing(expo
     assert not (tmp_path / "out").exists()
 
 
+def test_encode_raises_data_error_when_a_name_is_no_text(export: Path, tmp_path: Path) -> None:
+    paths = [write(tmp_path / name / "a.wav").rename(os.fsdecode(os.fsencode(tmp_path / name) + b"/caf\xe9.wav")) for name in ("x", "y")]
+    with pytest.raises(DataError, match=r"^names of audio files must be UTF-8, but one is '.*/x/caf\\udce9\.wav'$"):
+        encode_files(export, paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_encode_raises_data_error_when_a_file_is_no_audio(export: Path, tmp_path: Path) -> None:
     (tmp_path / "b.wav").write_text("no audio")
     with pytest.raises(DataError, match=r"b\.wav cannot be decoded"):
@@ -156,3 +165,21 @@ def test_encode_raises_data_error_when_a_file_is_no_audio(export: Path, tmp_path
 def test_encode_raises_checkpoint_error_when_export_is_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="missing does not exist"):
         encode_files(tmp_path / "missing", [write(tmp_path / "a.wav")], tmp_path / "out")
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that has no array until it is copied, like one on a GPU."""
+
+    def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+@pytest.mark.parametrize(("layer", "shape"), [("last", (7, 4)), (1, (7, 4)), ("all", (2, 7, 4))])
+def test_select_copies_features_from_any_device(layer: Any, shape: tuple[int, ...]) -> None:
+    states = tuple(torch.full((1, 7, 4), float(i)).as_subclass(OnDevice) for i in range(2))
+    found = select(EncoderOutput(states[1], torch.tensor([7]), states), layer)
+    assert found.shape == shape
+    assert found.dtype == np.float32

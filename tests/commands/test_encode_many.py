@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,16 @@ def test_encode_command_exits_1_when_a_manifest_cannot_be_read(
         (tmp_path / "cuts.jsonl").write_text(content)
     assert main(["encode", str(place / "model"), str(tmp_path / "cuts.jsonl"), "--out", str(tmp_path / "out")]) == 1
     assert "cuts.jsonl" in capsys.readouterr().err
+
+
+def test_encode_many_raises_data_error_when_a_name_is_no_text(tmp_path: Path) -> None:
+    file = save(tmp_path / "in" / "a.wav", tone(1.0))
+    file = file.rename(os.fsdecode(os.fsencode(file.parent) + b"/caf\xe9.wav"))
+    manifest = write_cuts(tmp_path / "cuts.jsonl", [cut_of(save(tmp_path / "b.wav", tone(1.0)), "b")])
+    Path(manifest).write_text(Path(manifest).read_text().replace("b.wav", r"in/caf\udce9.wav"))
+    for given in (file, file.parent, Path(manifest)):
+        with pytest.raises(DataError, match=r"names of audio files must be UTF-8, but one is '.*caf\\udce9\.wav'$"):
+            find_cuts([given])
 
 
 def test_encode_many_raises_errors_that_name_what_is_wrong(place: Path, tmp_path: Path) -> None:

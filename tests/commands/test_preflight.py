@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from spear.commands import measure
 from spear.commands import preflight as module
 from spear.data.corpora import CorpusConfig
 from spear.data.sampler import SamplingConfig
@@ -35,6 +37,8 @@ from spear.recipe import Recipe, Run
 from spear.stages.artifact import Artifact
 from spear.teachers.huggingface import HuggingFaceConfig
 from spear.teachers.logmel import LogMelConfig
+from spear.training.config import TrainingConfig
+from spear.types import TokenSpec
 from tests.data.cuts import cut_of, cuts_corpus, save, tone, write_cuts
 
 MEASURED = """
@@ -190,6 +194,15 @@ def test_preflight_notes_files_that_are_trained_on_and_held_out(tmp_path: Path) 
     assert any(re.search(r"corpus talk: 1 audio files of train are in valid or test of a corpus, too, such as .*long\.wav", line) for line in lines)
 
 
+def test_preflight_names_corpora_that_share_ids(tmp_path: Path) -> None:
+    cuts = [cut_of(save(tmp_path / f"{i}.wav", tone(1.0 + 0.1 * i)), f"u{i}") for i in range(4)]
+    paths = [write_cuts(tmp_path / f"{name}.jsonl.gz", part) for name, part in (("a", cuts[:3]), ("b", cuts[1:]))]  # type: ignore[arg-type]
+    lines: list[str] = []
+    module.preflight(make_run(tmp_path, [cuts_corpus(name, "speech", path) for name, path in zip("ab", paths)]), lines.append)
+    (line,) = [line for line in lines if "share their ids" in line]
+    assert line.startswith("note    cuts of several corpora share their ids (a 2, b 2)")
+
+
 def test_preflight_names_a_batch_shorter_than_the_longest_cut(tmp_path: Path) -> None:
     lines: list[str] = []
     run = make_run(tmp_path, [corpus(tmp_path)], sampling=SamplingConfig(max_batch_s=2.15))
@@ -278,3 +291,20 @@ def test_preflight_of_a_million_cuts_takes_a_minute_and_a_gigabyte(tmp_path: Pat
     assert "train 1000000 cuts 555.6 h" in done.stdout
     assert time.monotonic() - started < 60
     assert int(done.stderr.splitlines()[-1]) < 1024**2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_student_is_measured_in_the_precision_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def noted(wanted: Any, device: torch.device) -> Any:
+        seen.append((wanted, device.type))
+        return nullcontext()
+
+    monkeypatch.setattr(measure, "autocast", noted)
+    monkeypatch.setattr(measure, "default_device", lambda: torch.device("cpu"))
+    measured = measure.Measured()
+    run = make_run(tmp_path, [cuts_corpus("talk", "speech", str(tmp_path / "train.jsonl.gz"))], training=TrainingConfig(precision=precision))
+    measure.measure_student(run, {"mel": TokenSpec(1, 16, 50.0, 0.01)}, {}, measured)
+    assert seen == [(precision, "cpu")] * 2
+    assert measured.student > 0

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lhotse import CutSet
 
-from spear.data.audio import load_audio_file
+import spear.commands.tokenize as tokenize_command
+from spear.data.audio import load_audio, load_audio_file
 from spear.files import read_json, write_json
 from spear.quantizers.kmeans import KMeansConfig
+from spear.stages import manifests
 from spear.teachers.base import extract
 from spear.teachers.logmel import LogMelConfig
-from tests.data.cuts import save, tone
+from tests.data.cuts import folder_corpus, make_run, save, tone
 from tests.road import Outcome, command
 
 RECIPE = """
@@ -50,6 +56,22 @@ def test_tokenize_gives_the_codes_of_audio_read_as_the_stages_read_it(tmp_path: 
         assert (float(found["frame_rate_hz"]), float(found["first_frame_s"]), str(found["source"])) == (50.0, 0.01, str(path))
         frames = extract(LogMelConfig(num_mel_bins=16, stack=2).build(), [torch.from_numpy(load_audio_file(path))])[0]
         assert np.array_equal(found["codes"], load_quantizer(fitted).encode(frames).numpy())
+
+
+def test_tokenize_hears_what_the_stages_hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher of 24 kHz hears nothing above the 8 kHz of the manifests."""
+    audio = np.random.default_rng(0).normal(0, 0.1, (30000, 2))
+    run = make_run(tmp_path, [folder_corpus(save(tmp_path / "in" / "a.wav", audio, 44100).parent)])
+    manifests.run(run)
+    (cut,) = CutSet.from_jsonl_lazy(manifests.manifest_path(tmp_path, "sounds", "train"))
+    heard: list[np.ndarray[Any, Any]] = []
+    teacher = SimpleNamespace(sample_rate=24000, num_frames=int, frame_rate_hz=50.0, first_frame_s=0.01)
+    monkeypatch.setattr(tokenize_command, "tokenizer_of", lambda _: (teacher, SimpleNamespace(encode=lambda frames: frames)))
+    monkeypatch.setattr(tokenize_command, "extract", lambda _, audios, __: heard.append(audios[0].numpy()) or [torch.zeros(1, 1)])
+    tokenize_command.tokenize_files(argparse.Namespace(audio=[tmp_path / "in" / "a.wav"], out=tmp_path / "out"))
+    assert np.array_equal(heard[0], load_audio(cut, 24000))
+    spectrum = np.square(np.abs(np.fft.rfft(heard[0])))
+    assert spectrum[len(spectrum) * 17 // 24 :].mean() < 1e-2 * spectrum.mean()
 
 
 def test_tokenize_keeps_the_codes_of_another_audio_of_the_same_name(tmp_path: Path, fitted: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,24 @@ from spear.data.corpora import CorporaConfig, CorpusConfig, ManifestsConfig, Sou
 from spear.data.scan import manifest_entries
 from spear.data.sources import CutsSource, FolderSource
 from spear.errors import ConfigError, DataError
+from spear.recipe import load_run
 from spear.teachers.extraction import count_cuts
+from tests.conftest import ROOT
 from tests.data.cuts import cut_of, folder_corpus, save, tone, write_cuts
+
+
+def test_corpora_say_what_their_weights_are(tmp_path: Path) -> None:
+    entry = "{name: a, domain: speech, weight: 960, source: {type: cuts, train: a.jsonl.gz}}"
+    recipe = ROOT / "recipes" / "spear_speech_base.yaml"
+    (tmp_path / "hours.yaml").write_text(f"weights: hours\ncorpora: [{entry}]\n")
+    (tmp_path / "silent.yaml").write_text(f"corpora: [{entry}]\n")
+
+    def weights(name: str, *overrides: str) -> str:
+        return load_run(recipe, tmp_path / name, tmp_path, tmp_path, overrides).recipe.sampling.weights
+
+    assert weights("hours.yaml") == "hours" == weights("silent.yaml", "sampling.weights=hours")
+    with pytest.raises(ConfigError, match=r"`weight` is a factor .*, but is 960 \(corpus a\); for hours set `sampling.weights: hours`"):
+        weights("silent.yaml")
 
 
 def ids(source: SourceConfig, split: str = "train") -> list[str]:
@@ -64,6 +81,26 @@ def test_folder_source_fingerprint_follows_the_files(tmp_path: Path) -> None:
     assert source.fingerprint() == before
     save(tmp_path / "b.wav", tone(0.3))
     assert source.fingerprint() != before
+
+
+def test_folder_source_fingerprint_follows_every_setting_but_the_path(tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a.wav", tone(0.3))
+    plain = FolderSource(path=str(tmp_path / "in"), valid_share=0.0)
+    before = plain.fingerprint()
+    other = {"valid_share": 0.1, "test_share": 0.1, "seed": 1, "label": "parent"}
+    assert {field.name for field in fields(FolderSource)} == {"path", *other}
+    assert len({before, *(replace(plain, **{name: value}).fingerprint() for name, value in other.items())}) == 5
+    (tmp_path / "in").rename(tmp_path / "moved")
+    assert replace(plain, path=str(tmp_path / "moved"), valid_share=0).fingerprint() == before
+
+
+def test_folder_source_takes_linked_folders_once(tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a" / "x.wav", tone(0.3))
+    save(tmp_path / "elsewhere" / "deep" / "y.wav", tone(0.3))
+    links = {"latest": ".", "0": "a", "one": "../elsewhere", "two": "../elsewhere/deep"}
+    for name, target in links.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    assert ids(FolderSource(path=str(tmp_path / "in"), valid_share=0, test_share=0)) == ["a--x", "one--deep--y"]
 
 
 def test_cuts_source_reads_manifests_and_anchors_relative_audio(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from lhotse import Fbank, FbankConfig, Mfcc, MfccConfig
 from safetensors.torch import load_file
 
+from spear.data import fbank as module
 from spear.data.fbank import fbank, fbank_batch, mfcc, num_fbank_frames
 from spear.errors import DataError
 from spear.types import LOG_EPSILON
@@ -88,3 +89,10 @@ def test_mfcc_matches_lhotse_and_has_regression_deltas() -> None:
     assert torch.allclose(found[60, 13:26], (c[61] - c[59] + 2 * (c[62] - c[58])) / 10, atol=1e-5)
     d = found[:, 13:26]
     assert torch.allclose(found[60, 26:], (d[61] - d[59] + 2 * (d[62] - d[58])) / 10, atol=1e-5)
+
+
+def test_fbank_in_large_blocks_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = sound(160 * 1300)
+    small = fbank(x)
+    monkeypatch.setattr(module, "BLOCK_FRAMES", module.DEVICE_BLOCK_FRAMES)
+    torch.testing.assert_close(fbank(x), small, atol=1e-4, rtol=0)

@@ -84,6 +84,26 @@ def test_plan_of_weight_below_one_hears_everything_after_some_epochs() -> None:
     assert drawn == Counter({(0, i): 1 for i in range(40)})
 
 
+@pytest.mark.parametrize(("weight", "draws"), [(0.05, 3), (0.1, 6), (0.5, 30), (0.001, 1)])
+def test_plan_keeps_a_small_weight_of_a_small_corpus(weight: float, draws: int) -> None:
+    """60 cuts in 20 buckets: less than one draw a bucket; all the same, every cut is heard after some epochs."""
+    plan = plan_of(corpus("a", 400), corpus("b", 60, weight), num_buckets=20)
+    drawn = epoch_of(plan, 0)
+    assert sum(n for (c, _), n in drawn.items() if c == 1) == draws
+    assert sum(n for (c, _), n in drawn.items() if c == 0) == 400
+    if draws > 1:
+        heard = {i for epoch in range(round(2 / weight)) for (c, i) in epoch_of(plan, epoch) if c == 1}
+        assert heard == set(range(60))
+
+
+def test_repeats_raises_config_error_when_hours_are_taken_for_factors() -> None:
+    rule = r"must be at most 100, but is 5000 \(corpus b\); for hours set `sampling.weights: hours`"
+    with pytest.raises(ConfigError, match=rule):
+        repeats([corpus("a", 5), corpus("b", 5, 5000.0)], SamplingConfig())
+    assert len(repeats([corpus("a", 5), corpus("b", 5, 5000.0)], SamplingConfig(weights="hours"))) == 2
+    assert repeats([corpus("a", 5, 100.0)], SamplingConfig()) == pytest.approx([100.0])
+
+
 def test_repeats_follow_factors_hours_temperature_and_epoch_hours() -> None:
     long, short = Lengths("a", np.full(90, 16000 * 40)), Lengths("b", np.full(10, 16000 * 40), 3.0)  # 1 h and 1/9 h
     assert repeats([long, short], SamplingConfig()) == pytest.approx([1.0, 3.0])

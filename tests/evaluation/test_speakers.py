@@ -61,9 +61,10 @@ def test_cut_id_joins_the_path_without_its_suffix(name: str, expected: str) -> N
     assert cut_id(name) == expected
 
 
-def test_read_trials_reads_labels_and_pairs_and_find_trials_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_read_trials_reads_labels_and_pairs_and_find_trials_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
     path = tmp_path / "list.txt"
-    path.write_text("1 a/1.wav a/2.wav\n\n0 a/1.wav b.c\ntarget b.c a/2.wav\n")
+    path.write_text(f"{mark}1 a/1.wav a/2.wav\n\n0 a/1.wav b.c\ntarget b.c a/2.wav\n", encoding="utf-8")
     monkeypatch.setenv("LISTS", str(tmp_path))
     listed = read_trials("$LISTS/list.txt")
     assert listed.same == [True, False, True]

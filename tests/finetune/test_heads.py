@@ -185,6 +185,17 @@ def test_verification_trials_are_all_pairs_or_a_seeded_part_of_them(num_trials: 
         assert len(set(found)) == min(num_trials, len(every))
 
 
+def test_verification_loss_takes_cosines_in_full_precision_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    head: Any = SpeakerConfig(dim=16).build(8, LayerMix(8, [8], "last"), {"classes": list("abcd")})
+    vectors = torch.nn.functional.normalize(torch.randn(3, 16), dim=1)
+    monkeypatch.setattr(head, "vectors", lambda frames, lens: vectors)
+    frames, lens, labelled = torch.zeros(3, 5, 8), torch.full((3,), 5), batch(torch.tensor([0, 2, 3]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = head.loss(frames, lens, labelled).loss
+    assert torch.equal(loss, head.loss(frames, lens, labelled).loss)
+
+
 def test_tagging_score_raises_data_error_without_a_known_tag() -> None:
     head = TaggingConfig().build(8, LayerMix(8, [8], "last"), {"classes": ["a", "b"]})
     with pytest.raises(DataError, match="a tag that training has"):

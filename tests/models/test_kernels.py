@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from spear import native
+from spear.models.zipformer import swoosh
 from spear.models.zipformer.depthwise import depthwise_conv1d, depthwise_conv2d
 from spear.models.zipformer.kernels import depthwise_loop, k2_kernels, swoosh_loops
 from spear.models.zipformer.pointwise import ROWS, pointwise_swoosh
@@ -238,3 +239,10 @@ def test_a_broken_source_is_a_failed_build(tmp_path: Path, monkeypatch: pytest.M
         native.build(source)
     assert native.load(source, "nothing runs") is None
     assert list((tmp_path / "cache" / "spear").iterdir()) == []
+
+
+def test_swoosh_on_a_gpu_allocates_nothing_for_the_loops_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU."""
+    monkeypatch.setattr(torch, "empty_like", lambda _: pytest.fail("memory is taken"))
+    monkeypatch.setattr(swoosh, "k2_kernels", lambda: None)
+    assert swoosh_l.of(torch.ones(3, device="meta")).shape == (3,)

@@ -48,12 +48,13 @@ def test_a_training_step_never_waits(kind: str, monkeypatch: pytest.MonkeyPatch)
         if hasattr(module, "load_training_state"):
             module.load_training_state(1.0)  # every whitening is computed
     student = Student(encoder, MaskConfig())
-    features, lens = (t.to("meta") for t in random_batch([101, 57]))
+    features, host_lens = random_batch([101, 57])
+    features, lens = features.to("meta"), host_lens.to("meta")
     for count in (0.0, 1e6):  # all regularisers, and those of late training
         encoder.set_batch_count(count)
         torch.manual_seed(0)
         with Waits():
-            student(features, lens).features.square().mean().backward()
+            student(features, lens, torch.Generator(), host_lens).features.square().mean().backward()
         for module in encoder.modules():
             if hasattr(module, "load_training_state"):
                 module.load_training_state(1.0)

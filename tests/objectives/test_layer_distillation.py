@@ -13,6 +13,7 @@ import torch
 from spear.errors import ConfigError
 from spear.objectives.layer_distillation import LayerDistillation, LayerDistillationConfig, pairs
 from spear.types import Batch, FrameSpec, StudentOutput
+from tests.objectives.test_masked_prediction import Counting
 
 WEIGHTS = {"speech": {"a": 1.0}, "audio": {"a": 0.5, "b": 2.0}}
 SPECS = {"a": FrameSpec(dim=12, num_parts=2, frame_rate_hz=50.0, first_frame_s=0.0125), "b": FrameSpec(4, 2, 25.0, 0.015)}
@@ -177,3 +178,11 @@ def test_layer_distillation_by_interpolation_predicts_points_on_the_line_between
     expected = build(weights=weights)(output, moved)
     torch.testing.assert_close(found.loss, expected.loss)
     assert found.count == expected.count == 3 + 4
+
+
+@pytest.mark.parametrize("align", ["index", "interpolate"])
+def test_loss_waits_for_a_gpu_once_a_teacher(align: str) -> None:
+    objective = build(align=align)
+    with Counting() as counting:
+        objective(*data())
+    assert counting.waits == len(objective.specs)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spear.errors import ConfigError
 from spear.models.base import Encoder
@@ -369,3 +371,26 @@ def test_interpolated_targets_need_both_frames() -> None:
     assert step.count == 5 + 6  # student frames 1 to 5, and 1 to 6
     data.tokens["speech"][0, 6:] = 7 - data.tokens["speech"][0, 6:]
     torch.testing.assert_close(module(out, data).loss, step.loss)
+
+
+class Counting(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: where a mask is true, which a mask as an index asks for, too, and values that are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indexed = name in ("index", "index_put", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.waits += name in ("nonzero", "_local_scalar_dense") or indexed
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"align": "interpolate"}, {"delay_frames": 1}], ids=str)
+def test_loss_waits_for_a_gpu_once_a_teacher(settings: dict[str, Any]) -> None:
+    module, data = objective(**settings), batch(["speech", "audio"])
+    for module.training in (True, False):
+        with Counting() as counting:
+            module(output(), data)
+        assert counting.waits == len(module.heads)

@@ -11,10 +11,21 @@ import torch
 from torch import Tensor
 
 from spear import native
+from spear.quantizers import merge_search
 from spear.quantizers.kernels import search_loops
 from spear.quantizers.merge_search import Tables, list_length, smallest
-from spear.quantizers.search import errors, frame_costs, make_tables, refine, sweep
-from tests.quantizers.frames import merge_search
+from spear.quantizers.search import (
+    BLOCK_FRAMES,
+    DEVICE_BLOCKS,
+    block_frames,
+    errors,
+    frame_costs,
+    frames_within,
+    make_tables,
+    refine,
+    sweep,
+)
+from tests.quantizers import frames as reference
 
 
 @pytest.mark.parametrize(
@@ -27,7 +38,7 @@ def test_refine_follows_the_definition(num: int, size: int, dim: int, base: int)
     codes = torch.randint(size, (4, num), generator=generator)
     tables = make_tables(centres)
     found = refine(tables, frame_costs(tables, frames), codes, 1)
-    expected = [merge_search(centres.double(), frame.double(), row.tolist(), base) for frame, row in zip(frames, codes)]
+    expected = [reference.merge_search(centres.double(), frame.double(), row.tolist(), base) for frame, row in zip(frames, codes)]
     assert found.tolist() == expected
 
 
@@ -159,3 +170,27 @@ def test_search_runs_in_torch_and_says_so_once_when_there_is_no_compiler(tmp_pat
     environment = {**os.environ, "PATH": "/nowhere", "CXX": "", "XDG_CACHE_HOME": str(tmp_path), native.SWITCH: "1"}
     said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stderr
     assert said.count("no compiled loops, so the search of MVQ runs in plain torch") == 1
+
+
+def test_merge_round_makes_its_index_tensors_once_in_or_out_of_inference_mode() -> None:
+    tables, costs, codes = problem(16, 16, 24, whole=False)
+    made = (merge_search._pairs, merge_search._part_places, merge_search._starts)
+    for kept in made:
+        kept.cache_clear()
+    with torch.inference_mode():
+        first = merge_search.merge_round(tables, costs, codes)
+    misses = [kept.cache_info().misses for kept in made]
+    second = merge_search.merge_round(tables, costs, codes)
+    assert torch.equal(first, second)
+    assert [kept.cache_info().misses for kept in made] == misses
+    assert not merge_search._pairs(16, costs.device).left.is_inference()
+    assert misses == [4, 8, 5]  # levels of 16, 8, 4 and 2 lists; parts of 4 and 2; neighbours, and parts of pairs
+
+
+def test_frames_within_are_whole_blocks_that_fit() -> None:
+    per_frame = 4 * 16 * 256 + 32 * 28 * 256
+    assert frames_within(0, 16, 256) == BLOCK_FRAMES
+    assert frames_within(3.5 * BLOCK_FRAMES * per_frame, 16, 256) == 3 * BLOCK_FRAMES
+    assert frames_within(1e15, 16, 256) == DEVICE_BLOCKS * BLOCK_FRAMES
+    assert frames_within(1e15, 1, 2) == DEVICE_BLOCKS * BLOCK_FRAMES
+    assert block_frames(torch.device("cpu"), 16, 256) == BLOCK_FRAMES

@@ -50,6 +50,29 @@ def test_artifact_stays_unfinished_when_the_stage_breaks(tmp_path: Path) -> None
     assert artifact.is_done()
 
 
+def test_making_raises_artifact_error_when_content_has_no_record(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "notes.txt", b"a user's own")
+    with make(tmp_path).making():
+        write_bytes(tmp_path / "block-00000.safetensors", b"codes")
+    (tmp_path / DONE).unlink()
+    rule = r"holds block-00000\.safetensors, but neither artifact\.json nor unfinished\.json to say what it was made from: bring artifact\.json back"
+    for enter in (lambda: make(tmp_path, teacher="t2").making(), lambda: make(tmp_path).part(0, 2)):
+        with pytest.raises(ArtifactError, match=rule), enter():
+            pass
+    (tmp_path / "block-00000.safetensors").unlink()
+    with make(tmp_path, teacher="t2").making():
+        pass
+
+
+def test_making_takes_what_workers_made(tmp_path: Path) -> None:
+    for index in range(2):
+        with make(tmp_path).part(index, 2):
+            write_bytes(tmp_path / f"block-{index:05d}.safetensors", b"codes")
+    with make(tmp_path).making(finishing=True):
+        pass
+    assert make(tmp_path).is_done()
+
+
 def test_is_done_raises_artifact_error_when_an_input_changed(tmp_path: Path) -> None:
     with make(tmp_path, teacher="t1").making():
         pass

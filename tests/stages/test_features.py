@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lhotse import CutSet
 
 from spear.errors import ArtifactError, ConfigError, DataError
 from spear.files import read_json, read_tensors, write_tensors
@@ -74,7 +75,7 @@ def test_features_plan_keeps_heldout_cuts_apart(tmp_path: Path) -> None:
     cuts = list(read_cuts(manifest_path(run.data, "talk", "train")))
     configs = ({"num_frames": 300, "heldout_share": 0.3}, {"num_frames": 10**6}, {"num_frames": 300, "frames_per_cut": 25})
     for config in (FeaturesConfig(**values) for values in configs):  # type: ignore[arg-type]
-        heldout, train = features.plan(teacher, cuts, config, seed=3)
+        heldout, train = features.plan(teacher, {"talk": cuts}, config, seed=3)
         assert not {pick.cut.id for pick in heldout} & {pick.cut.id for pick in train}
         total = sum(pick.frames for pick in heldout + train)
         assert total <= config.num_frames
@@ -91,9 +92,30 @@ def test_features_plan_takes_the_heldout_share_of_what_there_is(tmp_path: Path) 
     teacher = run.recipe.teachers["mel"].build()
     cuts = list(read_cuts(manifest_path(run.data, "talk", "train")))
     total = sum(teacher.num_frames(round(cut.duration * 16000)) for cut in cuts)
-    heldout, train = features.plan(teacher, cuts, FeaturesConfig(num_frames=10**6, heldout_share=0.2), seed=3)
+    heldout, train = features.plan(teacher, {"talk": cuts}, FeaturesConfig(num_frames=10**6, heldout_share=0.2), seed=3)
     assert sum(pick.frames for pick in heldout) == int(0.2 * total)
     assert len(heldout) + len(train) == len(cuts)
+
+
+def test_features_keep_cuts_of_one_id_in_two_corpora_apart(tmp_path: Path) -> None:
+    """Alone and beside a corpus of the same ids, under the corpus's name; the frames are those of both."""
+    run = make_run(tmp_path, features={"num_frames": 100_000})
+    cuts = {name: list(read_cuts(manifest_path(run.data, name, "train"))) for name in ("talk", "city")}
+    same = {name: [cut.with_id(f"u{i}") for i, cut in enumerate(found)] for name, found in cuts.items()}
+    config, teacher = FeaturesConfig(num_frames=100_000), run.recipe.teachers["mel"].build()
+    picks = [pick for part in features.plan(teacher, same, config, seed=3) for pick in part]
+    shared = range(min(map(len, cuts.values())))
+    assert {f"{name}//u{i}" for name in cuts for i in shared} <= {pick.cut.id for pick in picks}
+    assert len({pick.cut.id for pick in picks}) == sum(map(len, cuts.values()))
+    turned = dict(reversed(same.items()))
+    assert [pick.cut.id for part in features.plan(teacher, turned, config, seed=3) for pick in part] == [pick.cut.id for pick in picks]
+    for name, found in same.items():
+        CutSet.from_cuts(found).to_file(manifest_path(run.data, name, "train"))
+    features.run(run)
+    expected = sum(teacher.num_frames(round(cut.duration * 16000)) for found in cuts.values() for cut in found)
+    made = read_json(run.data / "features" / "mel" / "artifact.json")["counts"]
+    assert made["cuts"] == len(picks)
+    assert 0.9 * expected < made["frames"] + made["heldout_frames"] <= expected
 
 
 def test_features_stores_half_precision_when_asked(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,62 @@ def test_manifests_gives_the_same_bytes_again_and_after_a_stop(tmp_path: Path, m
         )
 
 
+def test_manifests_go_on_after_the_last_whole_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(7):
+        save(tmp_path / "in" / f"{i}.wav", tone(1.0 + i / 7), subtype="FLOAT")
+    (tmp_path / "in" / "1.wav").touch()
+    (tmp_path / "in" / "6.wav").touch()
+    save(tmp_path / "in" / "2.wav", tone(0.01))
+    settings = ManifestsConfig(max_failed_share=0.5, max_duration_s=1.5)
+    corpora = [folder_corpus(tmp_path / "in")]
+    manifests.run(make_run(tmp_path / "whole", corpora, manifests=settings))
+
+    monkeypatch.setattr(manifests, "PART_ITEMS", 2)
+    prepare, heard = manifests.prepare, []
+
+    def noted(item: Any, *rest: Any) -> Any:
+        heard.append(item.id)
+        if item.id == "5" and len(heard) < 7:
+            raise KeyboardInterrupt
+        return prepare(item, *rest)
+
+    monkeypatch.setattr(manifests, "prepare", noted)
+    run = make_run(tmp_path / "parts", corpora, manifests=settings)
+    with pytest.raises(KeyboardInterrupt):
+        manifests.run(run)
+    assert sorted(heard) == ["0", "1", "2", "3", "4", "5"]
+    manifests.run(run)
+    assert sorted(heard[6:]) == ["4", "5", "6"]
+    found, expected = ({path.name: path.read_bytes() for path in (tmp_path / name / "manifests").glob("*.*")} for name in ("parts", "whole"))
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] in ([], ["artifact.json"])  # which holds how long it took
+    assert counts(tmp_path / "parts") == counts(tmp_path / "whole")
+
+
+def test_manifests_know_the_ids_of_parts_that_a_stopped_run_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts = [cut_of(save(tmp_path / folder / "a.wav", tone(1.0)), name) for folder, name in (("x", "a"), ("x", "b"), ("y", "c"), ("y", "a"))]
+    run = make_run(tmp_path, [cuts_corpus("v", "speech", write_cuts(tmp_path / "t.jsonl", cuts))])
+    monkeypatch.setattr(manifests, "PART_ITEMS", 2)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"'a' must be unique.*x/a\.wav \(train\) and .*y/a\.wav \(train\)"):
+            manifests.run(run)
+        assert (tmp_path / "manifests" / "v_parts_train" / "v_train_000000.jsonl.gz").exists()
+
+
+def test_manifests_look_at_all_files_again_after_too_many_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(4):
+        save(tmp_path / "in" / f"{i}.wav", tone(1.0))
+    cuts = [cut_of(tmp_path / "in" / f"{i}.wav") for i in range(4)]
+    (tmp_path / "in" / "0.wav").rename(tmp_path / "gone.wav")
+    run = make_run(tmp_path, [cuts_corpus("v", "speech", write_cuts(tmp_path / "t.jsonl", cuts))])
+    monkeypatch.setattr(manifests, "PART_ITEMS", 2)
+    with pytest.raises(DataError, match="1 of 4 cuts failed"):
+        manifests.run(run)
+    (tmp_path / "gone.wav").rename(tmp_path / "in" / "0.wav")
+    manifests.run(run)
+    assert len(made(tmp_path, "v")) == 4
+
+
 def test_manifests_raises_artifact_error_when_the_source_changed(tmp_path: Path) -> None:
     save(tmp_path / "in" / "a.wav", tone(1.0))
     run = make_run(tmp_path, [folder_corpus(tmp_path / "in")])
@@ -196,6 +253,57 @@ def test_manifests_raises_artifact_error_when_the_source_changed(tmp_path: Path)
     save(tmp_path / "in" / "b.wav", tone(1.0))
     with pytest.raises(ArtifactError, match="`inputs.sounds` was"):
         manifests.run(run)
+
+
+def test_manifests_raises_artifact_error_when_the_settings_of_a_folder_changed(tmp_path: Path) -> None:
+    for i in range(6):
+        save(tmp_path / "in" / f"{i}.wav", tone(1.0))
+    manifests.run(make_run(tmp_path, [folder_corpus(tmp_path / "in")]))
+    with pytest.raises(ArtifactError, match="`inputs.sounds` was"):
+        manifests.run(make_run(tmp_path, [folder_corpus(tmp_path / "in", valid_share=0.5)]))
+
+
+def test_manifests_raises_artifact_error_when_the_audio_moved(tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a.wav", tone(1.0))
+    manifests.run(make_run(tmp_path, [folder_corpus(tmp_path / "in")]))
+    (tmp_path / "in").rename(tmp_path / "moved")
+    moved = make_run(tmp_path, [folder_corpus(tmp_path / "moved", "sounds")])
+    with pytest.raises(
+        ArtifactError, match=r"sounds_cuts_train\.jsonl\.gz names .*in/a\.wav, which does not exist: put the audio back, or remove .*manifests and"
+    ):
+        manifests.run(moved)
+    (tmp_path / "moved").rename(tmp_path / "in")
+    manifests.run(make_run(tmp_path, [folder_corpus(tmp_path / "in")]))
+
+
+def test_manifests_leaves_out_windows_by_the_ids_that_failures_have(tmp_path: Path) -> None:
+    audio = tone(3.0)
+    audio[16000 + 7] = np.nan
+    save(tmp_path / "in" / "l.wav", audio, subtype="FLOAT")
+    corpora, config = [folder_corpus(tmp_path / "in")], ManifestsConfig(max_duration_s=1.0, max_failed_share=0.5)
+    manifests.run(make_run(tmp_path / "a", corpora, manifests=config))
+    failed = json.loads((tmp_path / "a" / "manifests" / "failures.jsonl").read_text())["id"]
+    manifests.run(make_run(tmp_path / "b", corpora, manifests=replace(config, max_failed_share=0.0, exclude=[failed])))
+    assert [cut.id for cut in made(tmp_path / "b", "sounds")] == ["l-w0000", "l-w0002"]
+    assert counts(tmp_path / "b")["sounds"]["train"]["skipped"] == {"excluded": 1}
+
+
+def test_manifests_refuses_audio_far_beyond_full_scale_and_counts_what_is_clipped(tmp_path: Path) -> None:
+    for name, gain in (("good", 0.9), ("over", 1.5), ("shorts", 8000.0)):
+        save(tmp_path / "in" / f"{name}.wav", tone(1.0, gain=gain), subtype="FLOAT")
+    manifests.run(make_run(tmp_path, [folder_corpus(tmp_path / "in")], manifests=ManifestsConfig(max_failed_share=0.5)))
+    found = counts(tmp_path)["sounds"]["train"]
+    assert (found["cuts"], found["clipped"], found["failed"]) == (2, 1, {"too_loud": 1})
+    failure = json.loads((tmp_path / "manifests" / "failures.jsonl").read_text())
+    assert (failure["id"], failure["cause"]) == ("shorts", "too_loud")
+    assert "samples must be between -1 and 1, but reach 8000" in failure["message"]
+
+
+def test_manifests_raises_data_error_when_an_id_is_a_number(tmp_path: Path) -> None:
+    cut = cut_of(save(tmp_path / "a.wav", tone(1.0)))
+    cut.id = 17  # type: ignore[assignment]
+    with pytest.raises(DataError, match=r"^a cut's id must be text, but is 17 \(.*a\.wav\)$"):
+        manifests.run(make_run(tmp_path, [cuts_corpus("v", "speech", write_cuts(tmp_path / "t.jsonl", [cut]))]))
 
 
 @pytest.mark.parametrize("rate", [16000, 44100])

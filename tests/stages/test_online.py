@@ -126,6 +126,15 @@ def test_layer_distillation_trains_without_quantizers_and_tokens(tmp_path: Path)
     assert list(read_json(run.exp / "artifact.json")["inputs"]) == ["shards/city", "shards/talk", "teachers/mel", "teachers/wide"]
 
 
+def test_a_noise_domain_with_frame_teachers_is_trained_on(tmp_path: Path) -> None:
+    """As with teachers of tokens; a domain that the objective does not know, or gives no weight, is noise only."""
+    mixing, domains = MixingConfig(domains={}, noise_domains=["noise", "audio", "rain"]), ("speech", "audio", "rain", "noise")
+    frames = LayerDistillationConfig(layers=[2], weights={**WEIGHTS, "rain": {"mel": 0.0}})
+    for objective in (frames, MaskedPredictionConfig(weights=WEIGHTS)):
+        run = Run(recipe_of(objective=objective, mixing=mixing), [], tmp_path, tmp_path)
+        assert [domain for domain in domains if run.is_noise(domain)] == ["rain", "noise"]
+
+
 def test_recipe_raises_config_error_when_a_teacher_of_tokens_has_no_quantizer() -> None:
     with pytest.raises(ConfigError, match=r"`quantizers\.mel` is missing"):
         recipe_of(quantizers={})

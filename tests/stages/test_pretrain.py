@@ -13,7 +13,7 @@ from spear.errors import ArtifactError, CheckpointError
 from spear.export import save_encoder, save_icefall
 from spear.recipe import Run, load_recipe
 from spear.stages.artifact import DONE, UNFINISHED, Artifact
-from spear.stages.pretrain import _config, _is_done, initial_encoder
+from spear.stages.pretrain import PROCESSES, _config, _is_done, _processes, initial_encoder
 from spear.training import World
 from tests.conftest import ROOT
 from tests.export.tiny import tiny_config, tiny_encoder
@@ -53,13 +53,15 @@ def mini(exp: Path, *overrides: str) -> Run:
     return Run(load_recipe(ROOT / "recipes" / "mini.yaml", overrides), [], exp, exp)
 
 
-def is_done(run: Run) -> bool:
-    return _is_done(run, Artifact(run.exp, kind="pretrain", config=_config(run), inputs={}), World())
+def is_done(run: Run, processes: int = 1) -> bool:
+    world = World(size=processes)
+    return _is_done(run, Artifact(run.exp, kind="pretrain", config=_config(run, _processes(run, world)), inputs={}), world)
 
 
-def finish(run: Run, steps: int) -> None:
-    with Artifact(run.exp, kind="pretrain", config=_config(run), inputs={}).making() as record:
+def finish(run: Run, steps: int, processes: int = 1) -> None:
+    with Artifact(run.exp, kind="pretrain", config=_config(run, processes), inputs={}).making() as record:
         record.counts = {"steps": steps}
+        record.extra = {PROCESSES: processes} if processes > 1 else {}
 
 
 @pytest.mark.parametrize("schedule", ["eden", "eden2", "constant"])
@@ -106,8 +108,45 @@ def test_pretrain_keys_that_change_no_weight_are_no_part_of_its_identity(tmp_pat
     assert is_done(mini(tmp_path, change))
 
 
-@pytest.mark.parametrize("change", ["training.precision=bf16", "training.accumulation=2", "sampling.max_batch_s=13", "objective.alpha=0.6"])
+@pytest.mark.parametrize("change", ["training.precision=bf16", "sampling.max_batch_s=13", "objective.alpha=0.6"])
 def test_pretrain_keys_that_change_weights_are_part_of_its_identity(tmp_path: Path, change: str) -> None:
     finish(mini(tmp_path, "training.precision=fp32"), 2400)
     with pytest.raises(ArtifactError, match=f"`config.{change.partition('=')[0]}` was"):
         is_done(mini(tmp_path, "training.precision=fp32", change))
+
+
+def begin(run: Run, processes: int) -> None:
+    finish(run, run.recipe.training.max_steps, processes)
+    (run.exp / DONE).rename(run.exp / UNFINISHED)
+
+
+def test_pretrain_goes_on_with_other_processes_where_the_batches_per_update_stay(tmp_path: Path) -> None:
+    begin(mini(tmp_path, "training.accumulation=2"), 4)
+    for processes, accumulation in ((4, 2), (8, 1), (2, 4), (1, 8)):
+        run = mini(tmp_path, f"training.accumulation={accumulation}")
+        assert not is_done(run, processes)
+        with Artifact(run.exp, kind="pretrain", config=_config(run, processes), inputs={}).making() as record:
+            record.counts = {"steps": 2400}
+        (tmp_path / DONE).rename(tmp_path / UNFINISHED)
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "advice"),
+    [(4, 1, "set `training.accumulation` to 2"), (2, 2, "set `training.accumulation` to 4"), (3, 2, "take a number of processes that divides it")],
+)
+def test_pretrain_says_that_the_batches_per_update_must_stay(tmp_path: Path, processes: int, accumulation: int, advice: str) -> None:
+    begin(mini(tmp_path), 8)
+    made = f"{processes} processes with `training.accumulation` {accumulation} make {processes * accumulation}: the product must stay; {advice}"
+    with pytest.raises(ArtifactError, match=f"was begun with 8 batches per update, but {made}"):
+        is_done(mini(tmp_path, f"training.accumulation={accumulation}"), processes)
+
+
+def test_pretrain_finished_run_is_done_for_any_number_of_processes_unless_it_is_lengthened(tmp_path: Path) -> None:
+    kind = "training.schedule={type: eden}"
+    finish(mini(tmp_path, kind, "training.max_steps=10"), 10, processes=8)
+    assert is_done(mini(tmp_path, kind, "training.max_steps=10"))
+    with pytest.raises(ArtifactError, match="8 batches per update, but 1 process with `training.accumulation` 1 make 1"):
+        is_done(mini(tmp_path, kind, "training.max_steps=20"))
+    with pytest.raises(ArtifactError, match="8 batches per update, but 1 process with `training.accumulation` 2 make 2"):
+        is_done(mini(tmp_path, kind, "training.max_steps=10", "training.accumulation=2"))
+    assert not is_done(mini(tmp_path, kind, "training.max_steps=20", "training.accumulation=8"))

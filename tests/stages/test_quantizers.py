@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -86,7 +87,7 @@ def test_quantizers_does_nothing_when_finished_and_refuses_other_inputs(tmp_path
     assert path.read_bytes() == before
     with pytest.raises(ArtifactError, match=r"`config.quantizer.rounds` was 2, is 3"):
         quantizers.run(make_run(tmp_path, {"speech": MVQConfig(num_codebooks=4, codebook_size=16, rounds=3, epochs=2, polish_rounds=1)}))
-    (run.data / "features" / "speech" / "artifact.json").unlink()
+    shutil.rmtree(run.data / "features" / "speech")
     write_features(run.data, "speech", clustered(800, 8), clustered(100, 8, seed=1), version=2)
     with pytest.raises(ArtifactError, match=r"`inputs.features` was"):
         quantizers.run(run)

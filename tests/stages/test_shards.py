@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lhotse import CutSet
+from lhotse import CutSet, SupervisionSegment
+from lhotse.cut import MonoCut
+from lhotse.features.io import NumpyFilesWriter
+from lhotse.qa import validate
 
 from spear.data.audio import load_audio
-from spear.data.shards import ShardReader, ShardsConfig
+from spear.data.open_files import FILES
+from spear.data.shards import ShardReader, ShardsConfig, write_shard
 from spear.data.token_store import TokenStore
 from spear.errors import ArtifactError, DataError
 from spear.files import read_json, write_json
 from spear.recipe import Run
 from spear.stages import manifests, shards
+from spear.stages.agreement import check_teachers, teacher_settings
 from spear.teachers.logmel import LogMelConfig
 from tests.data.cuts import AUDIO, SPEECH, cut_of, cuts_corpus, folder_corpus, make_run, make_shards, save, tone, write_cuts, write_tokens
 
@@ -68,6 +74,16 @@ def test_shard_reader_finds_every_cut_at_random(tmp_path: Path) -> None:
     assert list(ShardReader(reader.folder, ["audio"])[0].tokens) == ["audio"]
 
 
+def test_shard_readers_share_the_files_that_stay_open(tmp_path: Path) -> None:
+    folder, before = make_shards(tmp_path).data / "shards" / "voices" / "train", len(FILES)
+    readers = [ShardReader(folder) for _ in range(3)]
+    readers.append(pickle.loads(pickle.dumps(readers[0])))
+    assert len({reader[0].audio.tobytes() for reader in readers}) == 1
+    assert len(FILES) == before + 4 * 2  # audio and one teacher's tokens each
+    del readers
+    assert len(FILES) == before
+
+
 def test_shards_holds_downmixed_resampled_audio_and_keeps_supervisions(tmp_path: Path) -> None:
     stereo = np.stack([tone(1.0, 8000, 300), tone(1.0, 8000, 900)], axis=1)
     speech = cut_of(save(tmp_path / "s.wav", tone(1.0)), speaker="anna", phones=[("ah", 0.1, 0.2)])
@@ -82,6 +98,25 @@ def test_shards_holds_downmixed_resampled_audio_and_keeps_supervisions(tmp_path:
     (cut,) = CutSet.from_shar(in_dir=str(tmp_path / "shards" / "v" / "train"))
     assert cut.supervisions[0].speaker == "anna"
     assert cut.supervisions[0].alignment["phone"][0].symbol == "ah"
+
+
+def test_shards_move_cuts_and_what_belongs_to_them_to_the_start(tmp_path: Path) -> None:
+    recording = cut_of(save(tmp_path / "long.wav", np.stack([tone(6.0), tone(6.0, hz=900)], axis=1)), "long").recording
+    with NumpyFilesWriter(str(tmp_path / "f0")) as writer:
+        f0 = writer.store_array("long", np.arange(600, dtype=np.float32), frame_shift=0.01, temporal_dim=0, start=0.0)
+    parts = [SupervisionSegment("p", "long", 0.5, 1.0, channel=1)]
+    custom = {"f0": f0, "clean": recording, "prompt": recording, "prompt_unaligned": True, "session": 3}
+    cuts = [
+        MonoCut(name, start, 2.0, 1, recording=recording, supervisions=parts, custom=dict(custom)) for name, start in (("first", 0.0), ("last", 4.0))
+    ]
+    write_shard(tmp_path / "c", 0, cuts, {}, ShardsConfig())
+    first, last = CutSet.from_shar(in_dir=str(tmp_path / "c"))
+    validate(first)
+    assert (last.start, last.channel, last.supervisions[0].channel, last.supervisions[0].start) == (0.0, 0, 0, 0.5)
+    assert np.array_equal(last.load_f0(), np.arange(400, 600))
+    assert np.array_equal(first.load_f0(), np.arange(200))
+    assert set(first.custom) - set(last.custom) == {"clean"}
+    assert set(custom) <= set(first.custom)
 
 
 def test_shards_gives_noise_no_tokens(tmp_path: Path) -> None:
@@ -189,8 +224,8 @@ def test_shard_reader_raises_when_shards_are_damaged(tmp_path: Path) -> None:
 
 def test_check_teachers_raises_artifact_error_when_the_recipe_names_another_teacher(tmp_path: Path) -> None:
     run = one_corpus(tmp_path, "speech", teachers={"speech": LogMelConfig(stack=2)})
-    made = {"kind": "tokens", "config": {"teachers": shards.teacher_settings(run, ["speech"])}}
-    shards.check_teachers(run, made, ["speech"])
+    made = {"kind": "tokens", "config": {"teachers": teacher_settings(run, ["speech"])}}
+    check_teachers(run, made, ["speech"], {})
     other = one_corpus(tmp_path, "speech", teachers={"speech": LogMelConfig(stack=4)})
     with pytest.raises(ArtifactError, match="the tokens were made by another teacher speech: `teachers.speech.stack` was 2, is 4"):
-        shards.check_teachers(other, made, ["speech"])
+        check_teachers(other, made, ["speech"], {})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -283,3 +284,13 @@ def test_store_takes_one_byte_per_code_and_tens_of_bytes_per_cut(tmp_path: Path)
     blocks = list(store.folder.glob("block-*.safetensors"))
     size = sum(path.stat().st_size for path in [*blocks, *store.folder.glob("block-*.json")])
     assert codes + 8 * len(store.ids) < size < codes + 64 * len(store.ids) + 400 * len(blocks)
+
+
+def test_tokenizer_leaves_codes_where_the_quantizer_is() -> None:
+    class OnDevice(torch.Tensor):
+        def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
+            raise AssertionError("codes are copied")
+
+    quantizer = SimpleNamespace(encode=lambda frames: frames.long().as_subclass(OnDevice))
+    tokenizer = tokens.Tokenizer("mel", cast(Any, None), quantizer, cast(Any, None), torch.device("cpu"))
+    assert tokenizer.encode(torch.ones(3, 2)).shape == (3, 2)

@@ -53,7 +53,7 @@ def make_run(root: Path, name: str = "data", *, reverse: bool = False, features:
         seed=7,
         teachers={"mel": LogMelConfig(num_mel_bins=16), "wide": LogMelConfig(num_mel_bins=16, stack=2)},
         quantizers={"mel": KMeansConfig(codebook_size=16), "wide": KMeansConfig(codebook_size=16)},
-        objective=SimpleNamespace(labels=lambda domain: USES[domain]),
+        objective=SimpleNamespace(labels=lambda domain: USES[domain], frames=lambda domain: []),
         mixing=MixingConfig(),
         features=FeaturesConfig(**{"num_frames": 600, **(features or {})}),
         tokens=TokensConfig(**{"cuts_per_block": 5, "batch_seconds": 3.0, **(tokens or {})}),

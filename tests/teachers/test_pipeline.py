@@ -98,3 +98,20 @@ def test_batch_seconds_on_a_gpu_fits_and_is_more_than_one_cut() -> None:
     assert found >= 20.0
     samples = int(10.0 * teacher.sample_rate)
     teacher(torch.randn(int(found / 10), samples, device=device), torch.full((int(found / 10),), samples, device=device))
+
+
+def test_batch_seconds_counts_the_memory_that_torch_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, calls = LogMelConfig().build(), list[str]()
+    peaks = iter([30, 70])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: next(peaks))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (calls.append("free") or 420, 500))  # type: ignore[func-returns-value]
+    randn, full = torch.randn, torch.full
+    monkeypatch.setattr(torch, "randn", lambda *sizes, device: randn(*sizes))
+    monkeypatch.setattr(torch, "full", lambda size, value, device: full(size, value))
+    # 20 bytes a cut and 10 besides: ten cuts fit into 210 bytes
+    assert find_batch_seconds(teacher, 2.0, torch.device("cuda"), share=0.5) == 20.0
+    assert calls[-2:] == ["empty", "free"]
+    assert calls == ["empty"] * 3 + ["free"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +18,9 @@ import torch.multiprocessing as mp
 
 from spear.errors import ConfigError, SpearError, StopRequested
 from spear.files import read_tensors, write_json
+from spear.training import distributed
 from spear.training.checkpoint import find_checkpoints
-from spear.training.distributed import World, pick_device, process_group
+from spear.training.distributed import World, check_one_each, pick_device, process_group
 from spear.training.metrics import Metrics
 from spear.types import Batch
 from tests.training.toy import ToySource, make_batch, read_outcome, toy_trainer
@@ -157,3 +162,69 @@ def test_pick_device_raises_config_error_when_there_is_no_gpu() -> None:
     with pytest.raises(ConfigError, match="`device` cuda needs a CUDA device for local rank 1000"):
         pick_device("cuda", World(rank=1000, size=1001, local_rank=1000))
     assert pick_device("cpu", World()).type == "cpu"
+
+
+def test_pick_device_takes_the_only_gpu_that_a_process_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("auto", World(rank=3, size=4, local_rank=3)) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert pick_device("cuda", World(rank=7, size=8, local_rank=3)) == torch.device("cuda", 3)
+
+
+def test_check_one_each_raises_config_error_when_two_processes_share_a_gpu() -> None:
+    check_one_each([("one", "a"), ("one", "b"), ("two", "a")])
+    with pytest.raises(ConfigError, match="processes 1 and 2 share a GPU of one: start one process per GPU"):
+        check_one_each([("one", "a"), ("one", "b"), ("one", "b")])
+
+
+ENDING = """
+import atexit, sys, time
+from spear import cli
+from spear.errors import SpearError
+from spear.training import distributed
+
+def work(options):
+    with distributed.process_group("cpu") as world:
+        if world.rank == 1:
+            raise SpearError("cut x cannot be read")
+        world.sum_(distributed.torch.ones(1))
+
+distributed.dist.destroy_process_group = lambda: time.sleep(600)  # as NCCL does while another process is in a collective
+atexit.register(time.sleep, 600)  # as destructors may
+cli._doctor = work
+sys.exit(cli.main(["doctor"]))
+"""
+
+
+def test_command_of_several_processes_ends_with_its_line_when_one_of_them_fails() -> None:
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", ENDING], env={**common, "RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in ("0", "1")]
+    try:
+        other, failed = (process.communicate(timeout=200)[1] for process in both)
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [1, 1]
+    assert failed.splitlines()[-1] == "spear: error: cut x cannot be read"
+    assert "Traceback" not in failed
+    assert "peer" in other.lower()
+
+
+def wait_long(rank: int, port: int, folder: Path) -> None:
+    """Rank 0 works for longer than collectives may take."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=4))
+        with process_group("cpu") as world, world.main_first():
+            if world.is_main:
+                time.sleep(6)
+                (folder / "made").touch()
+        assert (folder / "made").exists()
+
+
+def test_main_first_waits_for_longer_than_collectives_do(tmp_path: Path) -> None:
+    mp.spawn(wait_long, args=(free_port(), tmp_path), nprocs=2)
+    with World().main_first():
+        pass

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from spear.errors import SpearError
-from spear.training import World
+from spear.training import World, rehearsal
+from spear.training.optim.adamw import AdamWConfig
+from spear.training.optim.base import OptimizerConfig
+from spear.training.optim.scaled_adam import ScaledAdamConfig
+from spear.training.rehearsal import room_for_state
 from tests.data.cuts import make_shards
 from tests.training.test_kills import STEPS, make_trainer, outcome, sources
 from tests.training.toy import ToySource, make_batch, read_outcome, toy_trainer
@@ -62,6 +66,25 @@ def test_rehearsal_names_the_batch_that_does_not_fit(tmp_path: Path, monkeypatch
     monkeypatch.setattr(trainer.module, "forward", full)
     with pytest.raises(SpearError, match=r"^the largest batch, 3 cuts and 2 s, does not fit into the memory \(lower `sampling.max_batch_s`, or"):
         trainer.rehearse()
+
+
+@pytest.mark.parametrize("optimizer", [AdamWConfig(), ScaledAdamConfig()])
+def test_rehearsal_takes_the_memory_of_the_optimizers_state(optimizer: OptimizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, found = toy_trainer(tmp_path, Largest(), optimizer=optimizer), []
+    monkeypatch.setattr(rehearsal, "room_for_state", lambda given: found.extend(room_for_state(given)))
+    trainer.module.register_forward_pre_hook(lambda *_: found.append(None))
+    trainer.rehearse()
+    *room, forward = found
+    assert forward is None
+    params = [p for p in trainer.module.parameters() if p.requires_grad]
+    assert sorted(tuple(x.shape) for x in room) == sorted(2 * [tuple(p.shape) for p in params])
+    assert not trainer.optimizer.state
+    trainer.module(make_batch(0), torch.Generator()).loss.backward()
+    trainer.module(make_batch(1), torch.Generator()).loss.backward()
+    trainer.optimizer.step()
+    moments = [x for state in trainer.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    assert sum(x.numel() for x in room) <= sum(x.numel() for x in moments)
+    assert room_for_state(trainer.optimizer) == []
 
 
 def test_rehearsal_runs_nothing_where_the_source_names_no_largest_batch(tmp_path: Path) -> None:

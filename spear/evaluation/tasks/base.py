@@ -186,9 +186,26 @@ class Task(abc.ABC):
             if not found:
                 raise DataError(f"task `{self.name}` finds no labelled cut in the {split} split ({self.needs()})")
             if self.config.max_cuts is not None and len(found) > self.config.max_cuts:
-                found = sorted(found, key=lambda cut: seed_from(self.settings.seed, "cuts", self.name, cut.id))[: self.config.max_cuts]
+                found = sorted(found, key=self.place)[: self.config.max_cuts]
             chosen[split] = found
         return chosen
+
+    def place(self, cut: Any) -> int:
+        """The place of a cut among others, by a hash of its id, where not all of them are taken."""
+        return seed_from(self.settings.seed, "cuts", self.name, cut.id)
+
+    def note(self, split: Split, cut: Any) -> None:
+        """Called with every cut of the task's corpora, train first, before any is left out; tasks that must know of all of them note it here."""
+        del split, cut
+
+    def eligible(self, split: Split, cut: Any) -> bool:
+        """Whether `select` may choose a cut of a split; `note` has seen it, and every train cut before those of other splits."""
+        return split in self.splits and self.wants(cut)
+
+    def limits(self, split: Split) -> tuple[int | None, float | None]:
+        """Most cuts that `select` takes of a split in the order of `place`, and the seconds it takes of them as `first_seconds` does; None: all."""
+        del split
+        return self.config.max_cuts, None
 
     def needs(self) -> str:
         """The label the task reads, in words."""
@@ -197,7 +214,7 @@ class Task(abc.ABC):
     def first_seconds(self, cuts: Sequence[Any], limit_s: float) -> list[Any]:
         """Cuts in the order of a hash of their ids, as many as fit into `limit_s` seconds together, at least one."""
         chosen: list[Any] = []
-        for cut in sorted(cuts, key=lambda cut: seed_from(self.settings.seed, "cuts", self.name, cut.id)):
+        for cut in sorted(cuts, key=self.place):
             limit_s -= cut.duration
             if chosen and limit_s < 0:
                 break

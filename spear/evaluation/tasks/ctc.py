@@ -80,6 +80,11 @@ class Ctc(Task):
             return [symbol for _, _, symbol in alignment_of(cut, self.config.tier)]
         return list(" ".join((transcript_of(cut) or "").split()))
 
+    def limits(self, split: Split) -> tuple[int | None, float | None]:
+        """See `Task`."""
+        del split
+        return self.config.max_cuts, self.config.max_seconds
+
     def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
         """See `Task`; whole cuts, up to `max_seconds` of each split."""
         return {split: self.first_seconds(found, self.config.max_seconds) for split, found in Task.select(self, cuts).items()}

@@ -14,7 +14,6 @@ from spear.evaluation.heads import HeadName
 from spear.evaluation.tasks.base import Array, Rows, Settings, Split, Task, TaskConfig, alignment_of
 from spear.evaluation.tasks.segments import SegmentClassification, SegmentsConfig
 from spear.evaluation.tasks.utterances import label_of
-from spear.files import seed_from
 
 SHARES: dict[Split, float] = {"train": 0.6, "valid": 0.2, "test": 0.2}
 
@@ -55,6 +54,15 @@ class Leakage(SegmentClassification):
         """See `Task`."""
         return f"it needs the alignment tier `{self.config.tier}` and the supervision field `speaker`"
 
+    def eligible(self, split: Split, cut: Any) -> bool:
+        """See `Task`."""
+        return split == self._split and self.wants(cut)
+
+    def limits(self, split: Split) -> tuple[int | None, float | None]:
+        """See `Task`."""
+        del split
+        return self._most, None
+
     def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
         """See `Task`: cuts of one split, divided per speaker.
 
@@ -63,7 +71,7 @@ class Leakage(SegmentClassification):
         """
         by_speaker: dict[str, list[Any]] = {}
         found = [cut for cut in cuts.get(self._split, ()) if self.wants(cut)]
-        for cut in sorted(found, key=lambda cut: seed_from(self.settings.seed, "cuts", self.name, cut.id))[: self._most]:
+        for cut in sorted(found, key=self.place)[: self._most]:
             by_speaker.setdefault(str(label_of(cut, "speaker")), []).append(cut)
         chosen: dict[Split, list[Any]] = {split: [] for split in SHARES}
         for group in by_speaker.values():

@@ -56,6 +56,8 @@ class Profiling(Task):
     def __init__(self, name: str, config: ProfilingConfig, settings: Settings) -> None:
         super().__init__(name, config, settings)
         self._voices: dict[str, str] = {}
+        self._noted: set[str] = set()
+        self._refused: set[Split] = set()
 
     def wants(self, cut: Any) -> bool:
         """See `Task`."""
@@ -65,14 +67,26 @@ class Profiling(Task):
         """See `Task`."""
         return f"it needs the supervision field `{self.config.label}`"
 
+    def note(self, split: Split, cut: Any) -> None:
+        """See `Task`: speakers of the train split, and other splits with a labelled cut of one of them."""
+        if split == "train":
+            self._noted |= known_speakers({"train": [cut]})
+        elif self.wants(cut) and label_of(cut, "speaker") in self._noted:
+            self._refused.add(split)
+
+    def eligible(self, split: Split, cut: Any) -> bool:
+        """See `Task`."""
+        known = self.config.held_out and split != "train" and label_of(cut, "speaker") in self._noted
+        return super().eligible(split, cut) and not known
+
     def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
         """See `Task`; known speakers are left out of valid and test, cuts without a speaker are kept."""
         if self.config.held_out:
-            known = known_speakers(cuts)
+            known = self._noted | known_speakers(cuts)
             splits: tuple[Split, ...] = ("valid", "test")
             for split in splits:
                 new = [cut for cut in cuts.get(split, ()) if label_of(cut, "speaker") not in known]
-                if any(map(self.wants, cuts.get(split, ()))) and not any(map(self.wants, new)):
+                if (split in self._refused or any(map(self.wants, cuts.get(split, ())))) and not any(map(self.wants, new)):
                     rule = "`held_out` is true; false takes known speakers, too"
                     raise DataError(f"task `{self.name}`: every labelled speaker of the {split} split is in the train split, too ({rule})")
                 cuts = {**cuts, split: new}

@@ -70,6 +70,7 @@ class SpeakerCount(Task):
     def __init__(self, name: str, config: SpeakerCountConfig, settings: Settings) -> None:
         super().__init__(name, config, settings)
         self._known: set[str] = set()
+        self._noted: set[str] = set()
 
     def wants(self, cut: Any) -> bool:
         """See `Task`; a cut of one speaker."""
@@ -79,9 +80,14 @@ class SpeakerCount(Task):
         """See `Task`."""
         return "it needs cuts with one `speaker`"
 
+    def note(self, split: Split, cut: Any) -> None:
+        """See `Task`: speakers of the train split."""
+        if split == "train":
+            self._noted |= known_speakers({"train": [cut]})
+
     def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
         """See `Task`; train speakers are known from all its cuts."""
-        self._known = known_speakers(cuts) if self.config.held_out else set()
+        self._known = self._noted | known_speakers(cuts) if self.config.held_out else set()
         return super().select(cuts)
 
     def rows(self, cut: Any, split: Split, times: NDArray[np.float64], layers: Sequence[Array]) -> Rows:

@@ -52,6 +52,11 @@ class Units(Task):
         """See `Task`."""
         return f"it needs the alignment tier `{self.config.tier}`"
 
+    def limits(self, split: Split) -> tuple[int | None, float | None]:
+        """See `Task`."""
+        del split
+        return self.config.max_cuts, self.config.max_seconds
+
     def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
         """See `Task`; whole cuts, up to `max_seconds` of each split."""
         return {split: self.first_seconds(found, self.config.max_seconds) for split, found in Task.select(self, cuts).items()}

@@ -65,6 +65,8 @@ class Verification(Task):
         super().__init__(name, config, settings)
         self._listed = None if config.trials is None else read_trials(config.trials)
         self._known: set[str] = set()
+        self._noted: set[str] = set()
+        self._named: set[str] = set() if self._listed is None else self._listed.names()
 
     def wants(self, cut: Any) -> bool:
         """See `Task`."""
@@ -74,17 +76,29 @@ class Verification(Task):
         """See `Task`."""
         return "it needs the supervision field `speaker`"
 
+    def note(self, split: Split, cut: Any) -> None:
+        """See `Task`: speakers of the train split."""
+        if split == "train":
+            self._noted |= known_speakers({"train": [cut]})
+
+    def eligible(self, split: Split, cut: Any) -> bool:
+        """See `Task`."""
+        return super().eligible(split, cut) and (split != "test" or self._listed is None or cut.id in self._named)
+
+    def limits(self, split: Split) -> tuple[int | None, float | None]:
+        """See `Task`; of listed test cuts, all."""
+        return super().limits(split) if split != "test" or self._listed is None else (None, None)
+
     def select(self, cuts: Mapping[Split, Sequence[Any]]) -> dict[Split, list[Any]]:
         """See `Task`; of the test split, where trials are listed, exactly the cuts that they name. Train speakers are known from all its cuts.
 
         Raises:
             DataError: a listed cut is missing, or its speaker is in train although speakers are to be held out.
         """
-        self._known = known_speakers(cuts) if self.config.held_out else set()
+        self._known = self._noted | known_speakers(cuts) if self.config.held_out else set()
         if self._listed is None:
             return super().select(cuts)
-        named = self._listed.names()
-        test = [cut for cut in cuts.get("test", ()) if cut.id in named and self.wants(cut)]
+        test = [cut for cut in cuts.get("test", ()) if cut.id in self._named and self.wants(cut)]
         try:
             find_trials(self._listed, [cut.id for cut in test])
         except DataError as error:

@@ -97,10 +97,11 @@ class SpeakerHead(Head):
     def loss(self, frames: Tensor, lens: Tensor, batch: LabelledBatch) -> StepOutput:
         """See Head; cuts of unknown speakers have no loss."""
         known = batch.labels >= 0
-        cosines = self.vectors(frames, lens) @ F.normalize(self.speakers.float(), dim=1).T  # (N, speakers)
-        wanted = batch.labels.clamp(min=0)
-        logits = aam_logits(cosines, wanted, self.config.margin if self.training else 0.0, self.config.scale)
-        losses = F.cross_entropy(logits, wanted, reduction="none")
+        vectors, wanted = self.vectors(frames, lens), batch.labels.clamp(min=0)
+        with torch.autocast(frames.device.type, enabled=False):  # a cosine in 8 bits is too coarse for the margin
+            cosines = vectors @ F.normalize(self.speakers.float(), dim=1).T  # (N, speakers)
+            logits = aam_logits(cosines, wanted, self.config.margin if self.training else 0.0, self.config.scale)
+            losses = F.cross_entropy(logits, wanted, reduction="none")
         count = known.sum()
         right = ((cosines.argmax(dim=1) == wanted) & known).sum()
         return StepOutput((losses * known).sum(), count, {"accuracy": sum_and_count(right, count)})

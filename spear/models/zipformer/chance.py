@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spear.transfer import send
+
 
 def draw() -> float:
     """One number in [0, 1)."""
@@ -18,7 +20,7 @@ def happens(prob: float) -> bool:
 
 def onto(mask: Tensor, like: Tensor) -> Tensor:
     """A mask on the CPU in the type and on the device of `like`, without waiting for what a GPU still has to do."""
-    return mask.to(device=like.device, dtype=like.dtype, non_blocking=True)
+    return send(mask, like.device).to(like.dtype)
 
 
 def keep_mask(shape: tuple[int, ...], drop_prob: float, like: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ class ZipformerEncoder(Encoder):
     min_fbank_frames = MIN_FRAMES
     sample_rate = 16000
     front_end = ("encoder_embed",)
+    uses_all = True
 
     def __init__(self, config: ZipformerConfig) -> None:
         super().__init__()

@@ -56,15 +56,12 @@ def _blocks(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tens
 
     On a CPU by compiled loops where there are any, else block by block, so that the passes over a block find it in the cache.
     """
-    out = torch.empty_like(x)
-    dense = x.stride() == out.stride() and (grad is None or grad.stride() == x.stride())
-    if x.device.type != "cpu" or x.dtype == torch.float64 or not dense:
+    if x.device.type != "cpu" or x.dtype == torch.float64:
         k2 = k2_kernels() if x.device.type != "cpu" and x.dtype != torch.float64 else None
-        if k2 is not None:
-            return from_k2(k2, x, grad, shift)
-        z = _full(x) - shift
-        whole = F.softplus(z).sub_(z, alpha=SLOPE).sub_(offset + SLOPE * shift) if grad is None else z.sigmoid_().sub_(SLOPE).mul_(grad)
-        return whole.to(x.dtype)
+        return _whole(x, grad, shift, offset) if k2 is None else from_k2(k2, x, grad, shift)
+    out = torch.empty_like(x)
+    if x.stride() != out.stride() or (grad is not None and grad.stride() != x.stride()):
+        return _whole(x, grad, shift, offset)
     loops = swoosh_loops()
     if loops is None or x.dtype not in (torch.float32, torch.bfloat16) or (grad is not None and grad.dtype != x.dtype):
         _in_torch(x, grad, out, shift, offset)
@@ -73,6 +70,13 @@ def _blocks(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tens
     else:
         loops.backward(x, grad, out, shift)
     return out
+
+
+def _whole(x: Tensor, grad: Tensor | None, shift: float, offset: float) -> Tensor:
+    """`_blocks` in passes over all of x."""
+    z = _full(x) - shift
+    whole = F.softplus(z).sub_(z, alpha=SLOPE).sub_(offset + SLOPE * shift) if grad is None else z.sigmoid_().sub_(SLOPE).mul_(grad)
+    return whole.to(x.dtype)
 
 
 def from_k2(k2: Any, x: Tensor, grad: Tensor | None, shift: float) -> Tensor:

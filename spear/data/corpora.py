@@ -172,7 +172,7 @@ class ManifestsConfig:
     silence_peak: float = 1e-4
     """Largest absolute sample below which a cut counts as silent; it is kept and counted."""
     exclude: list[str] = field(default_factory=list)
-    """Ids of cuts to leave out, e.g. those known to be broken."""
+    """Ids of cuts to leave out, e.g. those known to be broken; windows of long ones by theirs."""
 
     def __post_init__(self) -> None:
         _check_limits(self.min_duration_s, self.max_duration_s, "")

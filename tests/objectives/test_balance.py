@@ -80,6 +80,12 @@ def test_drop_balance_keeps_the_hardest_and_drops_the_others_as_often_as_it_says
     assert float(1 - drawn[:, 0, 1].mean()) == pytest.approx(p, abs=0.08)
 
 
+def test_drop_balance_compares_losses_per_frame() -> None:
+    factors = DropConfig(p=1.0).build(["a", "b"])(torch.tensor([[6.0, 5.0], [6.0, 5.0]]), torch.tensor([[6.0, 1.0], [6.0, 6.0]]))
+    assert factors is not None
+    assert factors.tolist() == [[0.0, 1.0], [1.0, 0.0]]  # 1 against 5, 1 against 5/6
+
+
 def test_drop_balance_follows_the_global_generator() -> None:
     balance = DropConfig().build(["a", "b"])
     first, second = ([(torch.manual_seed(seed), balance(LOSSES, COUNTS))[1].tolist() for seed in range(8)] for _ in range(2))

@@ -61,6 +61,19 @@ def test_teacher_follows_layers_slowly_and_front_end_and_positions_at_once(stude
     assert seen == {True, False}
 
 
+def test_teacher_follows_by_the_decay_of_each_step() -> None:
+    module = make_module(SelfDistillationConfig(top_layers=2, decay=LinearDecay(start=0.0, end=1.0, steps=10)))
+    objective, weight = module.objective, module.student.encoder.layers[0].in_proj.weight
+    assert isinstance(objective, SelfDistillation)
+    before, found = weight.detach().clone(), []
+    for step in range(1, 6):
+        with torch.no_grad():
+            weight.copy_(before + step)
+        module.after_step(step)
+        found.append(float((objective.teacher.encoder.layers[0].in_proj.weight - before).mean()))
+    assert found == pytest.approx([0.9, 1.78, 2.634, 3.4536, 4.2268], abs=1e-5)  # s / 10 of the last, 1 - s / 10 of s
+
+
 def test_teacher_and_front_end_freeze_at_their_steps_and_after_a_resume() -> None:
     config = SelfDistillationConfig(top_layers=2, decay=LinearDecay(start=0.5, end=0.5), teacher_frozen_from=2, front_end_frozen_from=3)
     module = make_module(config)

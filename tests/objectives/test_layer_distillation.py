@@ -85,6 +85,21 @@ def test_layer_distillation_is_mean_l1_minus_log_sigmoid_of_the_cosine() -> None
     }
 
 
+def test_layer_distillation_weighs_l1_and_cosine_by_their_keys() -> None:
+    objective = build(weights={"speech": {"a": 1.0}}, l1=2.0, cosine=0.5)
+    output, batch = data()
+    batch.domains[1] = "speech"
+    for head in objective.heads["a"]:  # type: ignore[union-attr]
+        head.weight.data.zero_()
+        head.bias.data.fill_(1.0)
+    batch.targets["a"].copy_(torch.tensor([3.0, 3.0, 3.0, 0.0, 0.0, 0.0]).repeat(2))
+    found = objective(output, batch)
+    l1, cosine = (3 * 2 + 3 * 1) / 6, 9 / (6 * 27) ** 0.5
+    assert int(found.count) == 9
+    assert found.loss.item() / 9 == pytest.approx(2 * l1 + 0.5 * math.log1p(math.exp(-cosine)), rel=1e-6)
+    assert [float(found.metrics[f"{key}/a/speech"][0]) / 9 for key in ("l1", "cosine")] == pytest.approx([l1, cosine], rel=1e-6)
+
+
 def test_layer_distillation_reaches_its_lowest_value_where_prediction_is_target() -> None:
     objective = build(weights={"speech": {"a": 1.0}}, hidden_dim=5)
     output, batch = data()

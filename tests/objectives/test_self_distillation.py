@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,16 @@ def test_hidden_states_are_those_of_the_tap() -> None:
     torch.testing.assert_close(encoder(batch.features, batch.feature_lens).hidden_states[1], seen[0])
     torch.testing.assert_close(branches.features, encoder.norm(blocks[-1]))
     assert not torch.allclose(branches.hidden_states[1], blocks[1])
+
+
+@pytest.mark.parametrize(("split_every", "wanted"), [(3, [3, 6, 9]), (1, list(range(1, 11))), (None, [])])
+def test_codebooks_split_at_multiples_of_split_every(monkeypatch: pytest.MonkeyPatch, split_every: int | None, wanted: list[int]) -> None:
+    module, objective = parts(replace(SPIDR, split_every=split_every))
+    seen: list[int] = []
+    for step in range(1, 11):
+        monkeypatch.setattr(objective.codebooks, "split", lambda step=step: seen.append(step))
+        objective.after_step(step, module.student)
+    assert seen == wanted
 
 
 def test_evaluation_counts_all_valid_frames_and_moves_nothing() -> None:

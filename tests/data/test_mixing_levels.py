@@ -27,7 +27,9 @@ def test_mix_utterance_meets_the_ratio_whatever_the_loudness_of_both(loudness: f
     assert ratio_db(a, stretch) == pytest.approx(snr_db, abs=0.1)
 
 
-@pytest.mark.parametrize(("p_noise", "other", "snr_db"), [(1.0, "tokens", 40.0), (0.0, "tokens", -40.0), (0.0, "soft", -40.0), (0.0, "utterance", -40.0)])
+@pytest.mark.parametrize(
+    ("p_noise", "other", "snr_db"), [(1.0, "tokens", 40.0), (0.0, "tokens", -40.0), (0.0, "soft", -40.0), (0.0, "utterance", -40.0)]
+)
 def test_mixer_takes_each_ratio_from_the_key_of_its_kind(p_noise: float, other: Any, snr_db: float) -> None:
     rule = DomainMixing(
         p=1.0, p_noise=p_noise, other=other, noise_snr_db=(40.0, 40.0), other_snr_db=(-40.0, -40.0), max_offset_s=0.0, overlap=(1.0, 1.0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -84,3 +87,25 @@ def test_stack_layers_fills_narrow_layers_with_zeros() -> None:
     stacked = stack_layers([torch.ones(2, 1), torch.ones(2, 3)])
     assert stacked.shape == (2, 2, 3)
     assert stacked[0].sum(1).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_fit_probe_equals_adamw_under_a_cosine_rate(num_layers: int) -> None:
+    torch.manual_seed(4)
+    x, y = torch.randn(num_layers, 40, 6), torch.randint(0, 4, (40,))
+    run = ProbeRun(learning_rate=0.05, weight_decay=0.5, seed=0, steps=25, batch_size=64)
+    start = fit_probe(x, y, 4, replace(run, steps=0))
+    leaves = [value.clone().requires_grad_() for value in (start.layer_logits, start.weight, start.bias)]
+    groups = [{"params": [leaves[1]]}, {"params": [leaves[0], leaves[2]], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, weight_decay=run.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.5 * (1 + math.cos(math.pi * done / run.steps)))
+    for _ in range(run.steps):
+        optimizer.zero_grad()
+        scores = torch.einsum("l,lmd->md", leaves[0].softmax(0), x) @ leaves[1] + leaves[2]
+        torch.nn.functional.cross_entropy(scores, y).backward()
+        optimizer.step()
+        schedule.step()
+    found = fit_probe(x, y, 4, run)
+    torch.testing.assert_close(found.weight, leaves[1].detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.bias, leaves[2].detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.layer_logits, leaves[0].detach(), rtol=0, atol=1e-5)

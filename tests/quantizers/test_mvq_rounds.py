@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from spear.quantizers.frame_source import FrameSource
@@ -52,18 +53,23 @@ def test_an_epoch_of_adam_lowers_the_heldout_error() -> None:
     assert not torch.equal(state.centers, start)
 
 
+def discriminants_of(frames: Tensor, codes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Weight (K, D) and bias (K,) of the linear discriminants of frames (F, D) with codes (F, 1)."""
+    source = FrameSource([frames])
+    source.measure(normalize=False)
+    statistics = Statistics((1, num_classes), source, pairs=False)
+    statistics.add(frames, codes)
+    statistics.gather(source)
+    return statistics.discriminants(Moments(source))
+
+
 def test_discriminants_are_the_log_odds_of_gaussians_with_one_covariance() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.tensor([0] * 4000 + [1] * 1500 + [2] * 500)[:, None]
     places = torch.tensor([[0.0, 0.0, 1.0], [4.0, 0.0, 1.0], [0.0, -3.0, 2.0]])
     mix = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.3], [0.0, 0.0, 0.8]])
     frames = 2.0 + places[codes[:, 0]] + torch.randn(6000, 3, generator=generator) @ mix
-    source = FrameSource([frames])
-    source.measure(normalize=False)
-    statistics = Statistics((1, 3), source, pairs=False)
-    statistics.add(frames, codes)
-    statistics.gather(source)
-    weight, bias = statistics.discriminants(Moments(source))
+    weight, bias = discriminants_of(frames, codes, 3)
     classes = [frames[codes[:, 0] == k].double() for k in range(3)]
     within = sum(len(x) * x.T.cov(correction=0) for x in classes) / 6000 + 0.01 * torch.diag(frames.double().var(dim=0))
     points = frames[::50].double()
@@ -76,11 +82,6 @@ def test_discriminants_are_the_log_odds_of_gaussians_with_one_covariance() -> No
 def test_discriminants_of_classes_in_one_place_are_the_log_of_their_sizes(counts: tuple[int, int]) -> None:
     frames = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
     codes = torch.repeat_interleave(torch.tensor([0, 1]), torch.tensor(counts))[:, None]
-    source = FrameSource([frames])
-    source.measure(normalize=False)
-    statistics = Statistics((1, 2), source, pairs=False)
-    statistics.add(frames, codes)
-    statistics.gather(source)
-    weight, bias = statistics.discriminants(Moments(source))
+    weight, bias = discriminants_of(frames, codes, 2)
     torch.testing.assert_close(weight, torch.zeros(2, 2), rtol=0, atol=1e-4)
     assert bias.exp().tolist() == pytest.approx([(count + 0.5) / 400 for count in counts], rel=1e-4)
